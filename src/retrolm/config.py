@@ -1,0 +1,114 @@
+"""Settings of one RetroLM engine: the KV budget and the choices D1-D26 that the paper leaves open.
+
+Sizes are in tokens unless a name says otherwise. Options are refused, never ignored: an unknown key or value raises
+`UserError` with the closest allowed one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from .errors import UserError, suggest, unknown
+
+MIN_BUDGET_PAGES = 3
+
+
+@dataclass(frozen=True)
+class RetroConfig:
+    """How pages are cut, chosen and kept.
+
+    Attributes:
+        kv_budget: tokens attended per layer while a page or the question is encoded (sink, previous page, selected
+            pages and the page itself; generated tokens come on top). At least three pages.
+        page_size: tokens per page (the paper's w).
+        strict_budget: count the current page inside the budget; `False` is the paper's own reading (D8a).
+        num_local_pages: most recent pages that are always attended (D9).
+        first_layer_mode: what the first `num_skip_layers` layers attend, since all bookmarks tie there (D7):
+            "recent" = sink + most recent pages, "mean_key" = pages by the mean of their keys,
+            "full" = every past page (reported, and outside the budget).
+        num_skip_layers: layers without page scores of their own, counted from the first (D7).
+        bookmark_span: what a bookmark attends to: "sink_page" = sink, own page, itself; "page" = without sink (D13).
+        score_rope: rotate bookmark queries and keys to their true page index before scoring (D3).
+        causal_selection: choose the pages of page i with the bookmark of page i-1, so that no token sees a
+            choice made with knowledge of later tokens (D22).
+        retrieve_every: retrieve again after this many generated tokens; 0 = once per question (D12).
+        chunk_pages: pages encoded in one forward pass; any value gives the same result (D10).
+        prefix_page: give BOS and the chat template's head a sink page of their own.
+        device_kv_bytes: cap on the KV bytes kept on the device; `None` keeps all pages there. Pages beyond it stay
+            in host memory and are fetched when selected.
+        store_dtype: dtype of stored pages ("float32", "bfloat16", "float16"); `None` = the model's dtype.
+    """
+
+    kv_budget: int = 2048
+    page_size: int = 128
+    strict_budget: bool = True
+    num_local_pages: int = 1
+    first_layer_mode: Literal["recent", "mean_key", "full"] = "recent"
+    num_skip_layers: int = 1
+    bookmark_span: Literal["sink_page", "page"] = "sink_page"
+    score_rope: bool = False
+    causal_selection: bool = False
+    retrieve_every: int = 0
+    chunk_pages: int = 16
+    prefix_page: bool = True
+    device_kv_bytes: int | None = None
+    store_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        for name, low in _LOWEST.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise UserError(f"{name} must be a whole number of at least {low}, got {value!r}.")
+        if self.kv_budget < MIN_BUDGET_PAGES * self.page_size:
+            raise UserError(
+                f"kv_budget={self.kv_budget} is under {MIN_BUDGET_PAGES} pages of {self.page_size} tokens "
+                f"(sink, previous and current page). Use at least {MIN_BUDGET_PAGES * self.page_size}, "
+                f"or a smaller page_size."
+            )
+        if self.device_kv_bytes is not None and self.device_kv_bytes <= 0:
+            raise UserError(f"device_kv_bytes must be positive or None, got {self.device_kv_bytes!r}.")
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> RetroConfig:
+        """Build a config from keyword options; an unknown key raises `UserError` with the closest allowed one."""
+        allowed = [field.name for field in dataclasses.fields(cls)]
+        for key in options:
+            if key not in allowed:
+                raise unknown("option", key, allowed)
+        return cls(**options)
+
+    def replace(self, **changes: Any) -> RetroConfig:
+        """Return a copy with some options changed."""
+        return self.from_options({**dataclasses.asdict(self), **changes})
+
+
+_LOWEST = {
+    "kv_budget": 1,
+    "page_size": 1,
+    "num_local_pages": 0,
+    "num_skip_layers": 0,
+    "retrieve_every": 0,
+    "chunk_pages": 1,
+}
+
+
+def check_choices(config: Any) -> None:
+    """Refuse values outside the `Literal` type of a dataclass field; raises `UserError`."""
+    for name, hint in get_type_hints(type(config)).items():
+        choices = _literal_values(hint)
+        value = getattr(config, name)
+        if choices and value not in choices:
+            names = [str(choice) for choice in choices]
+            raise UserError(f"{name}={value!r} is not a choice.{suggest(str(value), names)}")
+
+
+def _literal_values(hint: Any) -> tuple[Any, ...]:
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    nested: tuple[Any, ...] = ()
+    for arg in get_args(hint):
+        nested += _literal_values(arg) or ((None,) if arg is type(None) else ())
+    return nested if any(get_origin(arg) is Literal for arg in get_args(hint)) else ()
