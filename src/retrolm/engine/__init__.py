@@ -1,0 +1,1 @@
+"""The engine: a stock model, read page by page."""

@@ -1,0 +1,112 @@
+"""A chunk: the pages that one forward pass encodes, grouped by document."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..config import RetroConfig
+from ..paging import PageTable, room_for_past, start_position
+
+
+@dataclass
+class PageGroup:
+    """Pages of one document in a chunk: consecutive text pages, or one question page.
+
+    Attributes:
+        table: the document's pages before and (for text pages) in this group.
+        ids: store pages of the group's own tokens, int64 [n, O]; O > 1 only for a question longer than a page.
+        lengths: own tokens in each of them, int64 [n, O].
+        num_past: pages of `table` before each page.
+        tokens: token ids of each page.
+        room: pages besides the sinks each page may attend. end: compact position of each page's first token.
+        pinned: ordinals that are always attended besides sink and local pages.
+        last_probe: probe of the group's last page by layer, for causal selection of what follows.
+    """
+
+    table: PageTable
+    ids: Tensor
+    lengths: Tensor
+    num_past: list[int]
+    tokens: list[list[int]]
+    room: list[int]
+    end: list[int]
+    pinned: tuple[int, ...] = ()
+    is_query: bool = False
+    last_probe: dict[int, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.num_past)
+
+    def own_starts(self) -> Tensor:
+        """Where the own tokens begin inside each own slot, int64 [n, O]: sink pages stand at the right."""
+        if self.is_query:
+            return torch.zeros_like(self.lengths)
+        return self.table.starts[self.num_past[0] : self.num_past[-1] + 1, None]
+
+
+@dataclass
+class Chunk:
+    """All groups of a forward pass; rows are laid out page by page, each padded to `width`."""
+
+    groups: list[PageGroup]
+    width: int
+
+    @property
+    def num_pages(self) -> int:
+        return sum(len(group) for group in self.groups)
+
+    def slices(self) -> list[tuple[PageGroup, slice]]:
+        """Each group with its place among the chunk's pages."""
+        found, start = [], 0
+        for group in self.groups:
+            found.append((group, slice(start, start + len(group))))
+            start += len(group)
+        return found
+
+    def token_rows(self, pad_id: int) -> Tensor:
+        """Token ids [N, width], padded at the right."""
+        rows = torch.full((self.num_pages, self.width), pad_id)
+        for index, tokens in enumerate(tokens for group in self.groups for tokens in group.tokens):
+            rows[index, : len(tokens)] = torch.tensor(tokens)
+        return rows
+
+    def page_lengths(self) -> Tensor:
+        """Tokens of each page, int64 [N]."""
+        return torch.cat([group.lengths.sum(1) for group in self.groups])
+
+
+def text_group(table: PageTable, first: int, tokens: list[list[int]], config: RetroConfig, window: int,
+               last_probe: dict[int, Tensor] | None = None) -> PageGroup:
+    """Group of text pages `first`, `first + 1`, … of `table`; `window` is the widest sliding window kept (tokens)."""
+    ordinals = range(first, first + len(tokens))
+    room = [room_for_past(table, n, table.page_size, config.kv_budget, config.strict_budget) for n in ordinals]
+    own = slice(first, first + len(tokens))
+    return PageGroup(
+        table=table,
+        ids=table.ids[own, None],
+        lengths=table.lengths[own, None],
+        num_past=list(ordinals),
+        tokens=tokens,
+        room=room,
+        end=[max(start_position(table, n, r), _window_end(table, n, window)) for n, r in zip(ordinals, room, strict=True)],
+        last_probe={} if last_probe is None else last_probe,
+    )
+
+
+def query_group(table: PageTable, ids: Tensor, tokens: list[int], config: RetroConfig, window: int,
+                pinned: tuple[int, ...] = ()) -> PageGroup:
+    """Group of one query page that stands behind all pages of `table`, in the store pages `ids` [O]."""
+    past, size = len(table), table.page_size
+    room = room_for_past(table, past, len(tokens), config.kv_budget, config.strict_budget)
+    lengths = torch.tensor([len(tokens[i : i + size]) for i in range(0, len(tokens), size)])
+    end = max(start_position(table, past, room), _window_end(table, past, window))
+    return PageGroup(table, ids[None], lengths[None], [past], [tokens], [room], [end], pinned, is_query=True)
+
+
+def _window_end(table: PageTable, num_past: int, window: int) -> int:
+    """Tokens before a page that a sliding layer of `window` tokens may gather."""
+    past_tokens = int(table.tokens_before[num_past]) if num_past < len(table) else table.num_tokens
+    return min(past_tokens, window + table.page_size) if window else 0

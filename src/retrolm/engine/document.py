@@ -1,0 +1,119 @@
+"""A document that was read: its pages, and questions to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..paging import PageTable
+from .results import Answer, PageUse, Retrieval
+
+if TYPE_CHECKING:
+    from .encoder import Encoder
+    from .model import RetroLM
+
+
+@dataclass
+class Document:
+    """Pages of one text, kept in a page store. Asking changes nothing in it.
+
+    Attributes:
+        text: the text, or None if it was given as token ids.
+        table: its pages, prefix page first where there is one.
+        page_spans: character span of each page; (0, 0) for prefix pages and where no text is known.
+        token_ids: ids of each page. prefill_s: seconds it took to read.
+    """
+
+    lm: RetroLM
+    encoder: Encoder
+    text: str | None
+    table: PageTable
+    page_spans: list[tuple[int, int]]
+    token_ids: list[list[int]]
+    prefill_s: float
+    peak_attended: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all pages, prefix included."""
+        return self.table.num_tokens
+
+    @property
+    def num_pages(self) -> int:
+        return len(self.table)
+
+    def ask(self, question: str | Sequence[str], *, max_new_tokens: int = 64, raw: bool = False, **options: Any) -> Any:
+        """Answer a question, or several at once.
+
+        Args:
+            question: one question → `Answer`; a sequence → list of answers, the same as one at a time.
+            max_new_tokens: tokens to generate at most.
+            raw: take the question as the exact prompt text behind the document, without the question template.
+            options: passed to transformers' `generate` (do_sample, num_beams, stopping_criteria, streamer, …).
+
+        Raises:
+            UserError: the question leaves no room for the text in the budget.
+        """
+        single = isinstance(question, str)
+        questions = [question] if isinstance(question, str) else list(question)
+        answers = self.lm.ask_batch([(self, q) for q in questions], max_new_tokens=max_new_tokens, raw=raw, **options)
+        return answers[0] if single else answers
+
+    def stream(self, question: str, *, max_new_tokens: int = 256, raw: bool = False, **options: Any) -> Iterator[str]:
+        """Yield the answer piece by piece as it is generated."""
+        return self.lm.stream(self, question, max_new_tokens=max_new_tokens, raw=raw, **options)
+
+    def retrieve(self, question: str, *, raw: bool = False) -> Retrieval:
+        """Which pages the question attends, without generating."""
+        return self.lm.retrieve(self, question, raw=raw)
+
+    def conversation(self) -> Conversation:
+        """Begin a conversation on this document; its turns become pages too."""
+        return Conversation(self)
+
+    def page_text(self, page: int) -> str:
+        """Text of a page; decoded from its tokens where the text itself isn't known."""
+        start, end = self.page_spans[page]
+        if self.text is not None and end > start:
+            return self.text[start:end]
+        decoded: str = self.lm.tokenizer.decode(self.token_ids[page]) if self.lm.tokenizer is not None else ""
+        return decoded
+
+    def page_use(self, page: int, score: float, layers: tuple[int, ...]) -> PageUse:
+        start, end = self.page_spans[page]
+        return PageUse(page, start, end, score, layers, self.page_text(page))
+
+    def close(self) -> None:
+        """Give the document's pages back to the store; it can't be asked any more."""
+        self.encoder.parts.store.release(self.table.ids)
+        self.table = PageTable(self.table.ids[:0], self.table.lengths[:0], 0, self.table.page_size)
+
+
+class Conversation:
+    """Questions that build on each other. Past turns are pages behind the document's."""
+
+    def __init__(self, document: Document) -> None:
+        self.document = document
+        self._table = document.table
+        self._turn_ids: list[Tensor] = []
+
+    def ask(self, question: str, *, max_new_tokens: int = 256, raw: bool = False, **options: Any) -> Answer:
+        """Answer the next question; the turn is kept for later ones."""
+        lm = self.document.lm
+        follow_up = bool(self._turn_ids)
+        answer, table, ids = lm.turn(
+            self.document, self._table, question, follow_up, max_new_tokens=max_new_tokens, raw=raw, **options
+        )
+        self._table = table
+        self._turn_ids.append(ids)
+        return answer
+
+    def close(self) -> None:
+        """Give the turns' pages back."""
+        for ids in self._turn_ids:
+            self.document.encoder.parts.store.release(ids)
+        self._turn_ids.clear()
+        self._table = self.document.table

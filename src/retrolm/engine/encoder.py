@@ -1,0 +1,110 @@
+"""Runs chunks through the model: reading documents page by page, and encoding question pages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..paging import PageTable
+from .attachment import Attachment
+from .chunk import Chunk, PageGroup, query_group, text_group
+from .prefill import PrefillParts, PrefillProgram, QueryCapture
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class PagedText:
+    """A text cut into pages: `table` and the token ids of each page."""
+
+    table: PageTable
+    pages: list[list[int]]
+
+
+@dataclass
+class Encoded:
+    """Outcome of one chunk: captures of its query groups, most tokens attended, logits if asked for."""
+
+    captures: list[QueryCapture]
+    peak_attended: int
+    logits: Tensor | None
+
+
+class Encoder:
+    """Streaming prefill over one page store."""
+
+    def __init__(self, parts: PrefillParts, attachment: Attachment, bookmark: Tensor, pad_id: int) -> None:
+        self.parts = parts
+        self.attachment = attachment
+        self._bookmark = bookmark
+        self._pad_id = pad_id
+
+    @property
+    def kept_window(self) -> int:
+        """Widest sliding window of layers that don't choose pages, in tokens; 0 if all choose."""
+        backbone = self.parts.backbone
+        windows = [info.window or 0 for i, info in enumerate(backbone.layers) if not backbone.retrieves(i)]
+        return max(windows, default=0)
+
+    def read(self, texts: list[PagedText], progress: Progress | None = None, logits: bool = False) -> list[Encoded]:
+        """Encode all pages of all texts, a chunk at a time; texts advance side by side."""
+        total = sum(len(text.pages) for text in texts)
+        done, results = 0, []
+        for chunk in self._chunks(texts):
+            results.append(self.encode(chunk, logits))
+            done += chunk.num_pages
+            if progress is not None:
+                progress(done, total)
+        return results
+
+    def query(self, table: PageTable, ids: Tensor, tokens: list[int], pinned: tuple[int, ...] = ()) -> PageGroup:
+        """The group of one query page; raises `UserError` if the query leaves no room for the text."""
+        group = query_group(table, ids, tokens, self.parts.config, self.kept_window, pinned)
+        config = self.parts.config
+        needed = min(max(1, config.num_local_pages) + len(pinned), max(len(table) - table.num_sink, 0))
+        if group.room[0] < needed:
+            raise UserError(
+                f"The question takes {len(tokens)} tokens and leaves room for {max(group.room[0], 0)} pages of the text "
+                f"in kv_budget={config.kv_budget}; at least {needed} needed. Shorten it or raise kv_budget."
+            )
+        return group
+
+    @torch.no_grad()
+    def encode(self, chunk: Chunk, logits: bool = False) -> Encoded:
+        """One forward pass. `logits` [pages, width, vocabulary] of all normal tokens if asked for."""
+        backbone = self.parts.backbone
+        backbone.require_positions(max(max(g.end) + max(map(len, g.tokens)) for g in chunk.groups) + 1)
+        backbone.require_positions(max(g.table.sink_tokens for g in chunk.groups) + chunk.width + 2)
+        program = PrefillProgram(self.parts, chunk)
+        rows = backbone.embed(chunk.token_rows(self._pad_id)).flatten(0, 1)
+        marks = self._bookmark.to(rows).expand(program.num_bookmarks, -1)
+        inputs = torch.cat([rows, marks])[None]
+        kwargs = {
+            "inputs_embeds": inputs,
+            "position_ids": torch.zeros(inputs.shape[:2], dtype=torch.int64, device=inputs.device),
+            "use_cache": False,
+        }
+        found = None
+        with self.attachment.run(program):
+            if logits:
+                keep = torch.arange(len(rows), device=inputs.device)
+                found = backbone.model(**kwargs, logits_to_keep=keep).logits[0].unflatten(0, (-1, chunk.width))
+            else:
+                backbone.decoder(**kwargs)
+        captures = [capture for capture in program.captures if capture is not None]
+        return Encoded(captures, program.peak_attended, found)
+
+    def _chunks(self, texts: list[PagedText]) -> Iterator[Chunk]:
+        share = max(1, self.parts.config.chunk_pages // max(len(texts), 1))
+        probes: list[dict[int, Tensor]] = [{} for _ in texts]
+        for first in range(0, max((len(text.pages) for text in texts), default=0), share):
+            groups = []
+            for text, probe in zip(texts, probes, strict=True):
+                pages = text.pages[first : first + share]
+                if pages:
+                    groups.append(text_group(text.table, first, pages, self.parts.config, self.kept_window, probe))
+            yield Chunk(groups, max(len(page) for group in groups for page in group.tokens))

@@ -1,0 +1,453 @@
+"""`RetroLM`: a stock transformers model that reads texts page by page on a fixed KV budget."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
+
+from ..config import RetroConfig
+from ..errors import UserError
+from ..methods import METHODS
+from ..paging import PageTable, page_lengths
+from ..retriever import PageRetriever, load_retriever
+from ..store import DigestIndex, PageLayout, PageStore, ResidentStore, TieredStore
+from .attachment import Attachment
+from .backbone import Backbone, check_family
+from .chunk import Chunk
+from .document import Document
+from .encoder import Encoder, PagedText, Progress
+from .generation import Generator, Query
+from .prefill import LayerChoice, PrefillParts
+from .prompts import QUESTION_TEMPLATE, PromptFormat, prompt_format
+from .pull import resolve_model
+from .results import Answer, PageUse, Retrieval, Timings
+from .shipped import find_shipped, resolve_retriever
+
+
+_SPARE_PAGES = 8
+_STORE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class RetroLM:
+    """Answers questions over texts far longer than the model's window.
+
+    Build one with `from_pretrained`, or around a model that is already loaded. The model itself stays as it is;
+    `detach` removes the last trace.
+
+    Args:
+        model: a transformers causal language model of a supported family.
+        tokenizer: its tokenizer; None if only token ids are read.
+        config: budget and options. method: name of the page-selection method.
+        retriever: trained page retriever, or None for the untrained copy (the paper's "w/o Stage1").
+        chat: put documents into the chat template; None = if the tokenizer has one.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any = None, *, config: RetroConfig | None = None,
+                 method: str = "retrolm", retriever: PageRetriever | None = None, chat: bool | None = None) -> None:
+        self.config = config or RetroConfig()
+        self.tokenizer = tokenizer
+        self.method = METHODS.get(method)()
+        self.retriever = retriever
+        self.model = model
+        self.backbone = Backbone(model, self.config.kv_budget + self.config.page_size)
+        if self.config.kv_budget > self.backbone.window:
+            raise UserError(
+                f"kv_budget={self.config.kv_budget} exceeds the model's window of {self.backbone.window} positions. "
+                f"Use at most {self.backbone.window}."
+            )
+        self.attachment = Attachment(self.backbone)
+        self.format: PromptFormat | None = None if tokenizer is None else prompt_format(tokenizer, chat)
+        self.eos_ids = _eos_ids(model, tokenizer)
+        self.pad_id = _pad_id(tokenizer, self.eos_ids)
+        self._bookmark = self._bookmark_row()
+        if retriever is not None:
+            retriever.to(self.backbone.device)
+
+    @classmethod
+    def from_pretrained(cls, model: str | Path, *, retriever: str | Path | None = "auto", method: str = "retrolm",
+                        dtype: str | torch.dtype = "auto", device_map: Any = None, chat: bool | None = None,
+                        model_options: dict[str, Any] | None = None, **options: Any) -> RetroLM:
+        """Load a stock model and attach to it.
+
+        Args:
+            model: Hugging Face id, local folder, or the name of a demo backbone (`retrolm pull`).
+            retriever: folder of a trained page retriever; "auto" = the one shipped for this backbone, if any;
+                None = untrained.
+            dtype, device_map: as transformers' `from_pretrained`; by default a CUDA device is used if there is one.
+            model_options: further arguments for transformers' `from_pretrained` (quantization_config, …).
+            options: fields of `RetroConfig` (kv_budget, page_size, …).
+
+        Raises:
+            UserError: unknown option, method or model; UnsupportedModelError: a family RetroLM can't attach to;
+            IncompatibleRetrieverError: the retriever belongs to another backbone.
+        """
+        config = RetroConfig.from_options(options)
+        METHODS.get(method)
+        folder = resolve_model(str(model))
+        loaded, tokenizer = _load(folder, dtype, device_map, model_options or {})
+        lm = cls(loaded, tokenizer, config=config, method=method, chat=chat)
+        path = find_shipped(lm.backbone) if retriever == "auto" else retriever and resolve_retriever(str(retriever))
+        if path is not None:
+            lm.use_retriever(path)
+        return lm
+
+    def use_retriever(self, retriever: PageRetriever | str | Path) -> None:
+        """Use a trained retriever, given as such or as a folder, for documents read from now on."""
+        if not isinstance(retriever, PageRetriever):
+            retriever = load_retriever(retriever, self.backbone.projection_shapes(), self.backbone.fingerprint())
+        self.retriever = retriever.to(self.backbone.device).eval()
+        self._bookmark = self._bookmark_row()
+
+    @property
+    def retriever_name(self) -> str:
+        """Name of the retriever, or what stands in for one."""
+        if not self.method.needs_bookmarks:
+            return f"none ({self.method.name} needs no training)"
+        return self.retriever.card.name if self.retriever else "untrained bookmarks (the paper's w/o Stage1)"
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.device
+
+    def detach(self) -> None:
+        """Leave the model as it was."""
+        self.attachment.detach()
+
+    # --- reading --------------------------------------------------------------------------------------------
+
+    def read(self, source: Any, *, progress: Progress | None = None) -> Any:
+        """Read one text, or several side by side.
+
+        Args:
+            source: a text, a `pathlib.Path` to a file, or token ids (int64 tensor [T]); or a list of these.
+            progress: called with (pages done, pages in all) after each chunk.
+
+        Returns:
+            A `Document`, or a list of them.
+
+        Raises:
+            UserError: nothing to read, or a file that can't be.
+        """
+        if isinstance(source, list):
+            return self._read(source, progress)
+        return self._read([source], progress)[0]
+
+    def _read(self, sources: list[Any], progress: Progress | None) -> list[Document]:
+        if not sources:
+            raise UserError("Nothing to read: the list of texts is empty.")
+        inputs = [self._tokenise(source) for source in sources]
+        prefix = list(self.format.prefix_ids) if self.format and self.config.prefix_page else []
+        started = time.perf_counter()
+        pages = [self._cut(prefix, ids) for _, ids, _ in inputs]
+        store = self._new_store(sum(map(len, pages)))
+        texts = [self._paged(store, cut, len(page_lengths(len(prefix), self.config.page_size))) for cut in pages]
+        encoder = self._encoder(store)
+        results = encoder.read(texts, progress)
+        self._wait()
+        seconds = time.perf_counter() - started
+        peak = max(result.peak_attended for result in results)
+        return [
+            Document(self, encoder, text, paged.table, self._spans(paged, offsets), paged.pages, seconds, peak)
+            for (text, _, offsets), paged in zip(inputs, texts, strict=True)
+        ]
+
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """Next-token logits [T, vocabulary] at each of `input_ids` int64 [T], read page by page on the budget."""
+        ids = [int(i) for i in input_ids]
+        cut = self._cut([], ids)
+        store = self._new_store(len(cut))
+        results = self._encoder(store).read([self._paged(store, cut, 0)], logits=True)
+        rows = torch.cat([row for result in results if result.logits is not None for row in result.logits])
+        lengths = [len(page) for page in cut]
+        width = self.config.page_size
+        if len(rows) != len(ids):
+            starts = _row_starts(results, lengths)
+            rows = torch.cat([rows[start : start + n] for start, n in zip(starts, lengths, strict=True)])
+        assert len(rows) == len(ids) and width
+        return rows
+
+    def _tokenise(self, source: Any) -> tuple[str | None, list[int], list[tuple[int, int]]]:
+        """Text, ids and character offsets of one source."""
+        if isinstance(source, Path):
+            source = read_text_file(source)
+        if isinstance(source, str):
+            if not source.strip():
+                raise UserError("Nothing to read: the text is empty or only whitespace.")
+            if self.tokenizer is None:
+                raise UserError("Reading text needs a tokenizer. Pass one, or read token ids.")
+            found = self.tokenizer(source, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            return source, found["input_ids"], found["offset_mapping"]
+        ids = torch.as_tensor(source).flatten().tolist()
+        if not ids:
+            raise UserError("Nothing to read: there are no token ids.")
+        return None, ids, []
+
+    def _cut(self, prefix: list[int], ids: list[int]) -> list[list[int]]:
+        """Token ids by page: prefix pages broken off before the text (the attention sink), then the text."""
+        size = self.config.page_size
+        return [part[i : i + size] for part in (prefix, ids) for i in range(0, len(part), size)]
+
+    def _paged(self, store: PageStore, pages: list[list[int]], num_prefix_pages: int) -> PagedText:
+        lengths = torch.tensor([len(page) for page in pages])
+        ids = store.reserve(len(pages))
+        return PagedText(PageTable(ids, lengths, max(num_prefix_pages, 1), self.config.page_size), pages)
+
+    def _spans(self, paged: PagedText, offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        if not offsets:
+            return [(0, 0)] * len(paged.pages)
+        num_prefix = sum(map(len, paged.pages)) - len(offsets)
+        spans, at = [], -num_prefix
+        for page in paged.pages:
+            stop = at + len(page)
+            spans.append((offsets[at][0], offsets[stop - 1][1]) if at >= 0 else (0, 0))
+            at = stop
+        return spans
+
+    def _new_store(self, num_pages: int) -> PageStore:
+        backbone, config = self.backbone, self.config
+        dtype = _STORE_DTYPES[config.store_dtype] if config.store_dtype else backbone.dtype
+        layout = PageLayout(
+            config.page_size,
+            backbone.num_kv_heads,
+            backbone.head_dim,
+            dtype,
+            tuple(info.device for info in backbone.layers),
+        )
+        store: PageStore
+        if config.device_kv_bytes is None:
+            store = ResidentStore(layout)
+        else:
+            store = TieredStore(layout, config.device_kv_bytes, config.kv_budget // config.page_size + 3)
+        store.release(store.reserve(num_pages + _SPARE_PAGES))
+        return store
+
+    def _encoder(self, store: PageStore) -> Encoder:
+        parts = PrefillParts(self.backbone, self.config, self.retriever, self.method, store, DigestIndex())
+        return Encoder(parts, self.attachment, self._bookmark, self.pad_id)
+
+    # --- asking ---------------------------------------------------------------------------------------------
+
+    def ask_batch(self, pairs: Sequence[tuple[Document, str]], *, max_new_tokens: int = 64, raw: bool = False,
+                  **options: Any) -> list[Answer]:
+        """Answer several (document, question) pairs at once; the same as one at a time.
+
+        Documents that were read together are answered in one batch; others one after the other.
+        """
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+        groups: dict[int, list[int]] = {}
+        for index, (document, _) in enumerate(pairs):
+            groups.setdefault(id(document.encoder), []).append(index)
+        answers: dict[int, Answer] = {}
+        for members in groups.values():
+            part = [pairs[i] for i in members]
+            queries = [Query(doc.table, self.question_ids(question, raw)) for doc, question in part]
+            encoder = part[0][0].encoder
+            for ids in self._generator(encoder).run(queries, max_new_tokens, options):
+                encoder.parts.store.release(ids)
+            for i, (document, _), query in zip(members, part, queries, strict=True):
+                answers[i] = self._answer(document, query, max_new_tokens)
+        return [answers[i] for i in range(len(pairs))]
+
+    def turn(self, document: Document, table: PageTable, question: str, follow_up: bool, *, max_new_tokens: int,
+             raw: bool = False, **options: Any) -> tuple[Answer, PageTable, Tensor]:
+        """One turn of a conversation: the answer, the table with the turn's pages, and those pages' numbers."""
+        encoder = document.encoder
+        query = Query(table, self.question_ids(question, raw, follow_up))
+        (held,) = self._generator(encoder).run([query], max_new_tokens, options)
+        answer = self._answer(document, query, max_new_tokens)
+        done = sum(len(query.tokens[i : i + 1]) for i in range(0, len(query.tokens)))
+        lengths = page_lengths(done, self.config.page_size)
+        table = query.table.extended(held[-len(lengths) :], torch.tensor(lengths))
+        rest = self._unencoded(query)
+        if rest:
+            ids = encoder.parts.store.reserve(-(-len(rest) // self.config.page_size))
+            encoder.encode(Chunk([encoder.query(table, ids, rest)], len(rest)))
+            table = table.extended(ids, torch.tensor(page_lengths(len(rest), self.config.page_size)))
+            held = torch.cat([held, ids])
+        return answer, table, held
+
+    def _unencoded(self, query: Query) -> list[int]:
+        """Generated tokens that are not pages yet, without the end-of-sequence token (the next turn begins with it)."""
+        every = self.config.retrieve_every
+        start = (max(len(query.generated) - 1, 0) // every) * every if every else 0
+        return [token for token in query.generated[start:] if token not in self.eos_ids]
+
+    def stream(self, document: Document, question: str, *, max_new_tokens: int, raw: bool = False,
+               **options: Any) -> Iterator[str]:
+        """Yield the answer's text as it is generated; errors of the generating thread are raised here."""
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        failed: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                self.ask_batch([(document, question)], max_new_tokens=max_new_tokens, raw=raw, streamer=streamer, **options)
+            except BaseException as error:
+                failed.append(error)
+                streamer.end()
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        yield from streamer
+        thread.join()
+        if failed:
+            raise failed[0]
+
+    def retrieve(self, document: Document, question: str, *, raw: bool = False) -> Retrieval:
+        """Which pages of `document` the question attends in each layer."""
+        encoder, tokens = document.encoder, self.question_ids(question, raw)
+        ids = encoder.parts.store.reserve(-(-len(tokens) // self.config.page_size))
+        try:
+            encoded = encoder.encode(Chunk([encoder.query(document.table, ids, tokens)], len(tokens)))
+        finally:
+            encoder.parts.store.release(ids)
+        return self._retrieval(document, document.table, encoded.captures[0].choices)
+
+    def generate(self, input_ids: Tensor, *, attention_mask: Tensor | None = None, max_new_tokens: int = 64,
+                 **options: Any) -> Tensor:
+        """Continue any prompt, as transformers' `generate` does; the last page acts as the query (D11 a).
+
+        Args:
+            input_ids: int64 [B, T]. attention_mask: [B, T], 0 marks padding on either side.
+
+        Returns:
+            int64 [B, T + new], padded behind the end of shorter continuations.
+        """
+        rows = torch.atleast_2d(input_ids)
+        keep = torch.ones_like(rows) if attention_mask is None else torch.atleast_2d(attention_mask)
+        prompts = [row[mask.bool()].tolist() for row, mask in zip(rows, keep, strict=True)]
+        if not all(prompts):
+            raise UserError("Nothing to continue: a prompt has no tokens.")
+        cut = [self._cut([], ids) for ids in prompts]
+        store = self._new_store(sum(map(len, cut)))
+        encoder = self._encoder(store)
+        texts = [self._paged(store, pages[:-1], 0) for pages in cut]
+        if any(text.pages for text in texts):
+            encoder.read([text for text in texts if text.pages])
+        queries = [Query(text.table, pages[-1]) for text, pages in zip(texts, cut, strict=True)]
+        self._generator(encoder).run(queries, max_new_tokens, options)
+        sequences = [tokens for query in queries for tokens in query.sequences]
+        per_prompt = len(sequences) // len(prompts)
+        width = max(map(len, sequences))
+        out = torch.full((len(sequences), rows.shape[1] + width), self.pad_id)
+        out[:, : rows.shape[1]] = rows.cpu().repeat_interleave(per_prompt, 0)
+        for row, tokens in zip(out, sequences, strict=True):
+            row[rows.shape[1] : rows.shape[1] + len(tokens)] = torch.tensor(tokens)
+        return out.to(input_ids.device)
+
+    def question_ids(self, question: str, raw: bool = False, follow_up: bool = False) -> list[int]:
+        """Token ids of a question page, chat template's tail included."""
+        if self.format is None:
+            raise UserError("Asking needs a tokenizer. Pass one, or use generate(input_ids).")
+        if not question.strip():
+            raise UserError("The question is empty.")
+        if raw or follow_up:
+            return self.format.question_ids(question, follow_up)
+        return self.format.question_ids(QUESTION_TEMPLATE.format(question=question))
+
+    def _generator(self, encoder: Encoder) -> Generator:
+        return Generator(encoder, self.eos_ids, self.pad_id)
+
+    # --- results --------------------------------------------------------------------------------------------
+
+    def _answer(self, document: Document, query: Query, max_new_tokens: int) -> Answer:
+        tokens = query.generated
+        stored = document.encoder.parts.store.bytes()
+        return Answer(
+            text=self.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+            token_ids=tuple(tokens),
+            retrieval=self._retrieval(document, query.table, query.choices),
+            attended_tokens={"prefill": max(document.peak_attended, query.peak_prefill), "decode": query.peak_decode},
+            max_position=query.max_position,
+            timings=Timings(document.prefill_s, query.ttft_s, query.tpot_s),
+            kv_bytes={"device": stored.device, "host": stored.host, "cache": query.cache_bytes},
+            truncated=len(tokens) >= max_new_tokens and tokens[-1] not in self.eos_ids,
+        )
+
+    def _retrieval(self, document: Document, table: PageTable, choices: list[LayerChoice]) -> Retrieval:
+        width = max(len(choice.ordinals) for choice in choices)
+        page_ids = torch.full((len(choices), width), -1)
+        scores = torch.full((len(choices), len(table)), torch.nan)
+        for layer, choice in enumerate(choices):
+            page_ids[layer, width - len(choice.ordinals) :] = choice.ordinals
+            if choice.scores is not None:
+                scores[layer, : len(choice.scores)] = choice.scores
+        return Retrieval(page_ids, scores, self._ranked(document, choices))
+
+    def _ranked(self, document: Document, choices: list[LayerChoice]) -> tuple[PageUse, ...]:
+        """Pages of the text by how many layers score them among their best; forced pages earn no vote."""
+        first = document.table.num_sink if self.format and self.format.prefix_ids and self.config.prefix_page else 0
+        votes: dict[int, list[int]] = {}
+        scoring = [
+            (layer, choice.scores)
+            for layer, choice in enumerate(choices)
+            if choice.scores is not None and layer >= self.config.num_skip_layers
+        ]
+        for layer, scores in scoring:
+            inside = scores[first : document.num_pages]
+            free = max(len(choices[layer].ordinals) - first, 0)
+            for page in inside.topk(min(free, len(inside))).indices.tolist():
+                votes.setdefault(page + first, []).append(layer)
+        ranked = sorted(votes.items(), key=lambda item: (-len(item[1]), item[0]))
+        return tuple(document.page_use(page, len(by) / len(scoring), tuple(by)) for page, by in ranked)
+
+    def _bookmark_row(self) -> Tensor:
+        """The bookmark embedding [hidden]: trained, or a copy of the end-of-sequence row (D18)."""
+        if self.retriever is not None:
+            return self.retriever.embedding.detach()
+        return self.backbone.embed(torch.tensor([self.eos_ids[0]]))[0].detach()
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _load(folder: str, dtype: Any, device_map: Any, model_options: dict[str, Any]) -> tuple[Any, Any]:
+    from transformers import AutoConfig
+
+    try:
+        check_family(AutoConfig.from_pretrained(folder).get_text_config())
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device_map, **model_options)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"Can't load the model {folder!r}: {reason} Give a folder, a Hugging Face id or a demo name.") from None
+    if device_map is None and torch.cuda.is_available():
+        model = model.to("cuda")
+    return model.eval(), tokenizer
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    found: list[int] = []
+    generation = getattr(model, "generation_config", None)
+    for source in (generation, model.config.get_text_config(), tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        found += ids if isinstance(ids, list) else [] if ids is None else [ids]
+    return tuple(dict.fromkeys(int(i) for i in found)) or (0,)
+
+
+def _pad_id(tokenizer: Any, eos_ids: tuple[int, ...]) -> int:
+    pad = getattr(tokenizer, "pad_token_id", None)
+    return int(pad) if pad is not None else eos_ids[0]
+
+
+def _row_starts(results: list[Any], lengths: list[int]) -> list[int]:
+    """Row of each page's first token among the padded rows of all chunks."""
+    starts, at, page = [], 0, 0
+    for result in results:
+        num_pages, width = result.logits.shape[:2]
+        for _ in range(num_pages):
+            starts.append(at)
+            at += width
+            page += 1
+    assert page == len(lengths)
+    return starts

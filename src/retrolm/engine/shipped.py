@@ -1,0 +1,40 @@
+"""Retrievers that come with the package, found by the backbone they belong to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import UserError
+from ..retriever import CARD_FILE, read_card
+from .backbone import Backbone
+
+SHIPPED = Path(__file__).parent.parent / "retrievers"
+
+
+def find_shipped(backbone: Backbone) -> Path | None:
+    """Folder of the retriever shipped for this backbone, or None."""
+    fingerprint = backbone.fingerprint()
+    for path in shipped_retrievers():
+        if all(read_card(path).backbone.get(key) == value for key, value in fingerprint.items()):
+            return path
+    return None
+
+
+def shipped_retrievers() -> list[Path]:
+    """Folders of all shipped retrievers."""
+    if not SHIPPED.is_dir():
+        return []
+    return sorted(path.parent for path in SHIPPED.glob(f"*/{CARD_FILE}"))
+
+
+def resolve_retriever(name: str) -> Path:
+    """Folder of a retriever given as a folder or by the name of a shipped one; raises `UserError` otherwise."""
+    if (Path(name) / CARD_FILE).is_file():
+        return Path(name)
+    by_name = {path.name: path for path in shipped_retrievers()}
+    if name in by_name:
+        return by_name[name]
+    raise UserError(
+        f"No page retriever {name!r}: neither a folder with {CARD_FILE} nor a shipped one "
+        f"({', '.join(by_name) or 'none'}). Train one with `retrolm train stage1`."
+    )

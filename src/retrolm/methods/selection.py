@@ -1,0 +1,53 @@
+"""From page scores to the pages attended: forced pages, causality, budget, order and ties (D8, D9, D23)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def choose_pages(
+    scores_NP: Tensor,
+    num_past: list[int],
+    room: list[int],
+    num_sink: int,
+    num_local: int,
+    pinned_P: Tensor | None = None,
+) -> Tensor:
+    """Choose, for each page, its sinks, its `num_local` most recent past pages and the best-scored others.
+
+    Args:
+        scores_NP: float [N, P]; higher is better. Ties go to the more recent page.
+        num_past: pages before each of the N pages; only these can be chosen.
+        room: pages besides the sinks that each page may choose. Local pages count and never exceed it.
+        num_sink: leading pages that are always chosen.
+        pinned_P: further pages that are always chosen, bool [P]; they count as `room`.
+
+    Returns:
+        Page indices, int64 [N, S], ascending, empty places -1 at the left. S is the largest set of any page.
+    """
+    device, P = scores_NP.device, scores_NP.shape[1]
+    num_past_N = torch.tensor(num_past, device=device)
+    room_N = torch.tensor(room, device=device)
+    index_P = torch.arange(P, device=device)
+    past_NP = index_P < num_past_N[:, None]
+    forced_NP = index_P >= (num_past_N - num_local)[:, None]
+    if pinned_P is not None:
+        forced_NP = forced_NP | pinned_P
+    rank_NP = scores_NP.to(torch.float64).masked_fill(forced_NP, torch.inf)
+    rank_NP = rank_NP.masked_fill(~past_NP | (index_P < num_sink), -torch.inf)
+    width = max(min(past - num_sink, free) for past, free in zip(num_past, room, strict=True))
+    best = _best_first(rank_NP)[:, : max(width, 0)]
+    usable = rank_NP.gather(1, best) > -torch.inf
+    usable &= torch.arange(best.shape[1], device=device) < room_N[:, None]
+    best = best.masked_fill(~usable, -1)
+    num_sinks = min(num_sink, max(num_past))
+    sinks = index_P[:num_sinks].expand(len(num_past), -1)
+    sinks = sinks.masked_fill(sinks >= num_past_N[:, None], -1)
+    return torch.cat([sinks, best], 1).sort(1).values
+
+
+def _best_first(rank_NP: Tensor) -> Tensor:
+    """Indices of each row from best to worst; sorting the reversed row puts the later of equals in front."""
+    order = rank_NP.flip(1).argsort(dim=1, descending=True, stable=True)
+    return rank_NP.shape[1] - 1 - order

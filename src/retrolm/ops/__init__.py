@@ -1,0 +1,1 @@
+"""Tensor operations: plain-PyTorch references and the fast paths tested against them."""

@@ -1,0 +1,171 @@
+"""The page retriever: bookmark embedding and bookmark projections W^b (paper eq 5), saved as a small artefact.
+
+W^b is kept as a difference to the model's own projections: `W^b x = W x + delta x`. An untrained retriever has no
+delta at all (the paper's "w/o Stage1": W^b is a copy). Shape letters: R rank.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .errors import IncompatibleRetrieverError, UserError
+
+FORMAT_VERSION = 1
+WEIGHTS_FILE = "retriever.safetensors"
+CARD_FILE = "card.json"
+
+
+@dataclass(frozen=True)
+class ProjectionShape:
+    """One projection that bookmark rows pass through with W^b: `name` within its layer, input and output width."""
+
+    layer: int
+    name: str
+    in_features: int
+    out_features: int
+
+    @property
+    def key(self) -> str:
+        return f"layers_{self.layer}_{self.name}"
+
+
+@dataclass
+class RetrieverCard:
+    """What a retriever is and how it came about; stored beside the weights.
+
+    Attributes:
+        backbone: fingerprint of the model it was trained on (see `engine.fingerprint`).
+        rank: rank of the deltas; 0 = full.
+        page_size: page size at training.
+        details: data, recipe, seeds, recall table, licence: whatever the trainer recorded.
+    """
+
+    backbone: dict[str, Any]
+    rank: int
+    page_size: int
+    name: str = "untitled"
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Delta(nn.Module):
+    """Difference of one bookmark projection to the model's own: full [out, in], or up [out, R] @ down [R, in]."""
+
+    def __init__(self, shape: ProjectionShape, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+        if rank:
+            down = torch.empty(rank, shape.in_features)
+            nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+            self.down = nn.Parameter(down)
+            self.up = nn.Parameter(torch.zeros(shape.out_features, rank))
+        else:
+            self.weight = nn.Parameter(torch.zeros(shape.out_features, shape.in_features))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Map normed bookmark rows [..., in] to the difference [..., out], in the dtype of `rows`."""
+        if self.rank:
+            return nn.functional.linear(nn.functional.linear(rows, self.down.to(rows.dtype)), self.up.to(rows.dtype))
+        return nn.functional.linear(rows, self.weight.to(rows.dtype))
+
+
+class PageRetriever(nn.Module):
+    """Bookmark embedding [hidden] and one `Delta` per layer and projection.
+
+    Args:
+        shapes: projections of the backbone, in order.
+        embedding: start value of the bookmark embedding, [hidden]; the EOS row by default of the caller (D18).
+        rank: rank of each delta; 0 for full matrices.
+    """
+
+    def __init__(self, shapes: list[ProjectionShape], embedding: Tensor, card: RetrieverCard) -> None:
+        super().__init__()
+        self.card = card
+        self.embedding = nn.Parameter(embedding.detach().clone().float())
+        self.deltas = nn.ModuleDict({shape.key: Delta(shape, card.rank) for shape in shapes})
+
+    def delta(self, layer: int, name: str, rows: Tensor) -> Tensor:
+        """What to add to the model's own projection `name` of layer `layer` for bookmark rows [..., in]."""
+        module: Delta = self.deltas[f"layers_{layer}_{name}"]  # type: ignore[assignment]
+        out: Tensor = module(rows)
+        return out
+
+    def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
+        """Write weights and card into `folder`; both appear whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        if dtype is not None:
+            tensors = {name: value.to(dtype) for name, value in tensors.items()}
+        card = {"format_version": FORMAT_VERSION, **asdict(self.card)}
+        part = folder / (WEIGHTS_FILE + ".part")
+        save_file(tensors, part)
+        part.replace(folder / WEIGHTS_FILE)
+        part = folder / (CARD_FILE + ".part")
+        part.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        part.replace(folder / CARD_FILE)
+        return folder
+
+
+def read_card(folder: str | Path) -> RetrieverCard:
+    """Read the card of a saved retriever; raises `UserError` if the folder holds none."""
+    path = Path(folder) / CARD_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} holds no page retriever: {CARD_FILE} is missing. Point to a folder saved by RetroLM.")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        version = fields.pop("format_version")
+        card = RetrieverCard(**fields)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a readable retriever card ({error}). Export the retriever again.") from None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} has format {version}; this version reads {FORMAT_VERSION}. Export the retriever again.")
+    return card
+
+
+def load_retriever(folder: str | Path, shapes: list[ProjectionShape], backbone: Mapping[str, Any]) -> PageRetriever:
+    """Load a retriever for the model with these projections and fingerprint.
+
+    Raises:
+        IncompatibleRetrieverError: it was trained for another backbone; the message names what differs.
+        UserError: the folder holds no readable retriever.
+    """
+    card = read_card(folder)
+    check_backbone(card, backbone)
+    path = Path(folder) / WEIGHTS_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} holds no retriever weights: {WEIGHTS_FILE} is missing. Export the retriever again.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise UserError(f"{path} can't be read ({error}). Export the retriever again.") from None
+    retriever = PageRetriever(shapes, tensors["embedding"], card)
+    try:
+        retriever.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise IncompatibleRetrieverError(f"The retriever in {folder} doesn't fit this model: {error}") from None
+    return retriever
+
+
+def check_backbone(card: RetrieverCard, backbone: Mapping[str, Any]) -> None:
+    """Refuse a retriever whose backbone fingerprint differs; the message names each difference."""
+    differing = [
+        f"{key}: retriever has {card.backbone.get(key)!r}, model has {value!r}"
+        for key, value in backbone.items()
+        if card.backbone.get(key) != value
+    ]
+    if differing:
+        raise IncompatibleRetrieverError(
+            f"Retriever {card.name!r} was trained for another backbone ({'; '.join(differing)}). "
+            "Load it with the model it was trained on, or train one for this model."
+        )

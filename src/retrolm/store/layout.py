@@ -1,0 +1,164 @@
+"""The shape of a stored page and the interface of a page store."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """Shape of one page of one layer: keys and values, each [W, K, D], keys before RoPE.
+
+    Attributes:
+        devices: compute device of each layer.
+        dtype: dtype of stored numbers; a page is rounded to it once, when written.
+    """
+
+    page_size: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    devices: tuple[torch.device, ...]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.devices)
+
+    @property
+    def page_shape(self) -> tuple[int, int, int]:
+        return (self.page_size, self.num_kv_heads, self.head_dim)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page in one layer."""
+        return 2 * self.page_size * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class StoreBytes:
+    """KV bytes by place."""
+
+    device: int
+    host: int
+
+
+class PageStore(ABC):
+    """Keys and values of pages, addressed by (layer, page number).
+
+    Page numbers are handed out by `reserve` and given back by `release`. Reading a page that was never written is a
+    programming error and returns unspecified numbers.
+    """
+
+    def __init__(self, layout: PageLayout) -> None:
+        self.layout = layout
+        self._free: list[int] = []
+        self._capacity = 0
+
+    def reserve(self, num_pages: int) -> Tensor:
+        """Return `num_pages` unused page numbers, int64, ascending and contiguous where possible."""
+        if len(self._free) < num_pages:
+            missing = num_pages - len(self._free)
+            self._grow(missing)
+            self._free.extend(range(self._capacity, self._capacity + missing))
+            self._capacity += missing
+        self._free.sort()
+        taken, self._free = self._free[:num_pages], self._free[num_pages:]
+        return torch.tensor(taken, dtype=torch.int64)
+
+    def release(self, ids: Tensor | Sequence[int]) -> None:
+        """Give page numbers back; their contents may be overwritten."""
+        self._free.extend(int(i) for i in ids)
+
+    @property
+    def num_used(self) -> int:
+        """Pages handed out and not released."""
+        return self._capacity - len(self._free)
+
+    @abstractmethod
+    def _grow(self, num_pages: int) -> None:
+        """Make room for `num_pages` more pages behind the present capacity."""
+
+    @abstractmethod
+    def write(self, layer: int, ids: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store pages: `ids` int64 [N], `keys` and `values` [N, W, K, D] on the layer's device."""
+
+    @abstractmethod
+    def read(self, layer: int, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values [N, W, K, D] of pages `ids` (int64 [N], repeats allowed) on the layer's device."""
+
+    @abstractmethod
+    def prefetch(self, layer: int, ids: Tensor) -> None:
+        """Start moving pages towards the device; a hint that never changes results."""
+
+    @abstractmethod
+    def bytes(self) -> StoreBytes:
+        """Bytes held now."""
+
+
+class Slabs:
+    """Pages of one layer in a few large blocks, so that growing never copies what is there.
+
+    Memory is taken from the operating system as pages are written, not when a slab is made.
+    """
+
+    def __init__(self, layout: PageLayout, device: torch.device, pin: bool = False) -> None:
+        self._layout = layout
+        self._device = device
+        self._pin = pin
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+        self._first: list[int] = []
+        self.capacity = 0
+
+    def grow(self, num_pages: int) -> None:
+        """Add a slab of `num_pages` pages."""
+        shape = (num_pages, *self._layout.page_shape)
+        for slabs in (self._keys, self._values):
+            slabs.append(torch.empty(shape, dtype=self._layout.dtype, device=self._device, pin_memory=self._pin))
+        self._first.append(self.capacity)
+        self.capacity += num_pages
+
+    def write(self, ids: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store `keys` and `values` [N, W, K, D] as pages `ids` [N]."""
+        for index, inside in self._parts(ids):
+            where = slice(None) if inside is None else inside
+            local = (ids[where] - self._first[index]).to(self._device)
+            self._keys[index].index_copy_(0, local, keys[where].to(self._layout.dtype))
+            self._values[index].index_copy_(0, local, values[where].to(self._layout.dtype))
+
+    def read(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values [N, W, K, D] of pages `ids` [N]."""
+        parts = self._parts(ids)
+        if len(parts) == 1 and parts[0][1] is None:
+            index = parts[0][0]
+            local = (ids - self._first[index]).to(self._device)
+            return self._keys[index].index_select(0, local), self._values[index].index_select(0, local)
+        shape = (len(ids), *self._layout.page_shape)
+        keys = torch.empty(shape, dtype=self._layout.dtype, device=self._device)
+        values = torch.empty_like(keys)
+        for index, inside in parts:
+            local = (ids[inside] - self._first[index]).to(self._device)
+            where = torch.arange(len(ids), device=self._device) if inside is None else inside.to(self._device)
+            keys.index_copy_(0, where, self._keys[index].index_select(0, local))
+            values.index_copy_(0, where, self._values[index].index_select(0, local))
+        return keys, values
+
+    def bytes(self) -> int:
+        """Bytes reserved by all slabs."""
+        return sum(slab.nbytes for slab in (*self._keys, *self._values))
+
+    def _parts(self, ids: Tensor) -> list[tuple[int, Tensor | None]]:
+        """Which slab holds which of `ids`: (slab, places in `ids`); places are None where one slab holds all."""
+        if len(self._first) == 1:
+            return [(0, None)]
+        bounds = torch.tensor(self._first[1:], device=ids.device)
+        slab_of = torch.bucketize(ids, bounds, right=True)
+        used = slab_of.unique().tolist()
+        if len(used) == 1:
+            return [(used[0], None)]
+        return [(index, (slab_of == index).nonzero().flatten()) for index in used]

@@ -1,0 +1,31 @@
+"""All pages on the compute device."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .layout import PageLayout, PageStore, Slabs, StoreBytes
+
+
+class ResidentStore(PageStore):
+    """Keeps every page on its layer's device; on a CPU this is plain host memory used in place."""
+
+    def __init__(self, layout: PageLayout) -> None:
+        super().__init__(layout)
+        self._layers = [Slabs(layout, device) for device in layout.devices]
+
+    def _grow(self, num_pages: int) -> None:
+        for slabs in self._layers:
+            slabs.grow(num_pages)
+
+    def write(self, layer: int, ids: Tensor, keys: Tensor, values: Tensor) -> None:
+        self._layers[layer].write(ids, keys, values)
+
+    def read(self, layer: int, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return self._layers[layer].read(ids)
+
+    def prefetch(self, layer: int, ids: Tensor) -> None:
+        """Nothing to move: all pages are where they are needed."""
+
+    def bytes(self) -> StoreBytes:
+        return StoreBytes(device=self.num_used * self.layout.page_bytes * self.layout.num_layers, host=0)

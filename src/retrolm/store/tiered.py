@@ -1,0 +1,138 @@
+"""Pages in host memory with a least-recently-used cache of pages on the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .layout import PageLayout, PageStore, Slabs, StoreBytes
+
+_CPU = torch.device("cpu")
+
+
+class TieredStore(PageStore):
+    """Host tier for all pages, device tier for the pages used last.
+
+    Pages are written to both tiers. A read copies the missing pages to the device and evicts those whose last use
+    lies furthest back. With CUDA the host tier is pinned and `prefetch` copies on a stream of its own.
+
+    Args:
+        device_bytes: cap on KV bytes on the device, over all layers.
+        min_pages: pages per layer that one read needs at once; raises `UserError` if the cap is smaller.
+    """
+
+    def __init__(self, layout: PageLayout, device_bytes: int, min_pages: int) -> None:
+        super().__init__(layout)
+        slots = device_bytes // (layout.page_bytes * layout.num_layers)
+        if slots < min_pages:
+            needed = min_pages * layout.page_bytes * layout.num_layers
+            raise UserError(
+                f"device_kv_bytes={device_bytes} holds {slots} pages per layer, but one page with its selected pages "
+                f"takes {min_pages}. Use at least {needed} bytes, or a smaller kv_budget."
+            )
+        pin = any(device.type == "cuda" for device in layout.devices)
+        self._host = [Slabs(layout, _CPU, pin) for _ in layout.devices]
+        self._cache = [_LayerCache(layout, device, slots) for device in layout.devices]
+
+    def _grow(self, num_pages: int) -> None:
+        for host, cache in zip(self._host, self._cache, strict=True):
+            host.grow(num_pages)
+            cache.grow(num_pages)
+
+    def write(self, layer: int, ids: Tensor, keys: Tensor, values: Tensor) -> None:
+        ids = ids.to(_CPU)
+        self._host[layer].write(ids, keys.to(_CPU), values.to(_CPU))
+        self._cache[layer].insert(ids, keys, values)
+
+    def read(self, layer: int, ids: Tensor) -> tuple[Tensor, Tensor]:
+        ids = ids.to(_CPU)
+        return self._cache[layer].read(ids, self._host[layer])
+
+    def prefetch(self, layer: int, ids: Tensor) -> None:
+        self._cache[layer].prefetch(ids.to(_CPU), self._host[layer])
+
+    def bytes(self) -> StoreBytes:
+        host = self.num_used * self.layout.page_bytes * self.layout.num_layers
+        return StoreBytes(device=sum(cache.slabs.bytes() for cache in self._cache), host=host)
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of page reads that found their page on the device."""
+        reads = sum(cache.num_reads for cache in self._cache)
+        return 1.0 - sum(cache.num_misses for cache in self._cache) / max(reads, 1)
+
+
+class _LayerCache:
+    """The device tier of one layer: which page stands in which slot, and when it was last used."""
+
+    def __init__(self, layout: PageLayout, device: torch.device, slots: int) -> None:
+        self.slabs = Slabs(layout, device)
+        self.slabs.grow(slots)
+        self._device = device
+        self._page_in = torch.full((slots,), -1)
+        self._used = torch.zeros(slots, dtype=torch.int64)
+        self._slot_of = torch.empty(0, dtype=torch.int64)
+        self._clock = 0
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.num_reads = 0
+        self.num_misses = 0
+
+    def grow(self, num_pages: int) -> None:
+        self._slot_of = torch.cat([self._slot_of, torch.full((num_pages,), -1)])
+
+    def insert(self, ids: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Take over pages that were just written; what doesn't fit is only dropped from the cache."""
+        self._clock += 1
+        slots = self._slot_of[ids]
+        self._page_in[slots[slots >= 0]] = -1
+        self._used[slots[slots >= 0]] = 0
+        self._slot_of[ids] = -1
+        if len(ids) <= len(self._page_in):
+            self.slabs.write(self._claim(ids), keys, values)
+
+    def read(self, ids: Tensor, host: Slabs) -> tuple[Tensor, Tensor]:
+        """Return pages `ids` on the device, in parts if they don't fit the cache together."""
+        unique = ids.unique()
+        capacity = len(self._page_in)
+        if len(unique) <= capacity:
+            self._load(unique, host)
+            return self.slabs.read(self._slot_of[ids])
+        half = len(ids) // 2
+        first, second = self.read(ids[:half], host), self.read(ids[half:], host)
+        return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]])
+
+    def prefetch(self, ids: Tensor, host: Slabs) -> None:
+        unique = ids.unique()[: len(self._page_in) // 2]
+        if self._stream is None:
+            return
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            self._load(unique, host, count=False)
+
+    def _load(self, unique: Tensor, host: Slabs, count: bool = True) -> None:
+        """Make sure the pages `unique` are in the cache."""
+        if self._stream is not None and count:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        self._clock += 1
+        slots = self._slot_of[unique]
+        missing = unique[slots < 0]
+        self._used[slots[slots >= 0]] = self._clock
+        if count:
+            self.num_reads += len(unique)
+            self.num_misses += len(missing)
+        if len(missing) == 0:
+            return
+        keys, values = host.read(missing)
+        slots = self._claim(missing)
+        self.slabs.write(slots, keys.to(self._device, non_blocking=True), values.to(self._device, non_blocking=True))
+
+    def _claim(self, ids: Tensor) -> Tensor:
+        """Give each page the slot whose page was used longest ago; returns the slots."""
+        victims = self._used.topk(len(ids), largest=False).indices
+        evicted = self._page_in[victims]
+        self._slot_of[evicted[evicted >= 0]] = -1
+        self._page_in[victims] = ids
+        self._slot_of[ids] = victims
+        self._used[victims] = self._clock
+        return victims
