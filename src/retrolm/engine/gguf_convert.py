@@ -26,14 +26,19 @@ def convert_gguf(gguf_file: Path, folder: Path, *, dtype: torch.dtype, window: i
     Weights are dequantised and stored as `dtype`; `window`, in tokens, becomes the tokenizer's `model_max_length`.
     Raises `UserError` where the optional package `gguf` is missing.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError("Converting a GGUF file needs the package gguf. Install it: pip install 'retrolm[gguf]'")
+    require_gguf()
     with contextlib.redirect_stderr(io.StringIO()):  # transformers' bars, which no setting turns off
         model = _load_dequantised(gguf_file, dtype)
         tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
     tokenizer.model_max_length = window
     tokenizer.save_pretrained(folder)
     save_clean(model, folder)
+
+
+def require_gguf() -> None:
+    """Raise `UserError` where the optional package `gguf` is missing."""
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError("Converting a GGUF file needs the package gguf. Install it: pip install 'retrolm[gguf]'")
 
 
 def save_clean(model: PreTrainedModel, folder: Path) -> None:

