@@ -1,0 +1,1 @@
+"""Training: data, the page retriever (stage 1) and post-training on sparse KV (stage 2)."""

@@ -1,0 +1,129 @@
+"""What every sample builder works with, and the steps that builders share."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .config import PASSAGE_QUERY_KINDS, SYNTHETIC_KINDS, Stage1DataConfig
+from .encoder import TextEncoder
+from .frames import Frame
+from .pieces import Piece, Role, cut_to_length, join, total_length
+from .pool import TokenPool
+from .sample import Span, Stage1Sample, TokenArray
+
+_MIN_SLICE, _MAX_SLICE = 100, 500
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """Pool, encoder and settings, for one split of the data."""
+
+    pool: TokenPool
+    encoder: TextEncoder
+    config: Stage1DataConfig
+    split: str
+
+    @cached_property
+    def books(self) -> NDArray[np.int64]:
+        """Indices of the books of this split (of all books if the split has none)."""
+        books = self.pool.books_of(self.split)
+        return books if len(books) else np.arange(self.pool.num_books)
+
+    @cached_property
+    def passages_by_source(self) -> list[NDArray[np.int64]]:
+        """Passage indices, one array per source that has any."""
+        source = np.asarray(self.pool.arrays["passage_source"])
+        return [np.flatnonzero(source == number) for number in np.unique(source)]
+
+    @cached_property
+    def natural_rows(self) -> list[NDArray[np.int64]]:
+        """Question rows that people wrote, one array per source that has a weight and any rows in this split."""
+        made = {*PASSAGE_QUERY_KINDS, *SYNTHETIC_KINDS}
+        names = [name for name, weight in self.config.weights.items() if weight > 0 and name not in made]
+        return [rows for name in names if len(rows := self.pool.rows_of(name, self.split))]
+
+    @cached_property
+    def keyword_rows(self) -> NDArray[np.int64]:
+        """Rows whose question is a list of keywords."""
+        return self.pool.rows_of("keywords", self.split)
+
+    def random_passage(self, rng: random.Random) -> int:
+        """Draw a passage: a source at random, then one of its passages."""
+        passages = rng.choice(self.passages_by_source)
+        return int(passages[rng.randrange(len(passages))])
+
+    def prose(self, rng: random.Random, num_tokens: int) -> tuple[TokenArray, list[int]]:
+        """Return `num_tokens` tokens of consecutive book prose and the offsets at which its sentences begin.
+
+        Begins at a sentence; goes on with further books where one is too short.
+        """
+        parts: list[TokenArray] = []
+        starts: list[int] = []
+        have = 0
+        while have < num_tokens:
+            ids, sentences = self._stretch(rng, num_tokens - have)
+            parts.append(ids)
+            starts += [have + offset for offset in sentences]
+            have += len(ids)
+        return np.concatenate(parts) if parts else np.zeros(0, np.int32), starts
+
+    def _stretch(self, rng: random.Random, num_tokens: int) -> tuple[TokenArray, list[int]]:
+        book = int(self.books[rng.randrange(len(self.books))])
+        sentences = self.pool.book_sentences(book)
+        end = int(self.pool.arrays["book_offsets"][book + 1])
+        last = max(1, int(np.searchsorted(sentences, end - num_tokens, side="right")))
+        start = int(sentences[rng.randrange(last)])
+        stop = min(end, start + num_tokens)
+        inside = sentences[(sentences >= start) & (sentences < stop)] - start
+        return self.pool.book_tokens(start, stop), inside.tolist()
+
+    def prose_slices(self, rng: random.Random, num_tokens: int) -> Iterator[TokenArray]:
+        """Yield consecutive prose in slices of 100 to 500 tokens that begin at sentences."""
+        ids, starts = self.prose(rng, num_tokens + _MAX_SLICE)
+        begin = 0
+        for start in starts:
+            if start - begin >= rng.randint(_MIN_SLICE, _MAX_SLICE):
+                yield ids[begin:start]
+                begin = start
+        yield ids[begin:]
+
+    def finish(
+        self,
+        frame: Frame,
+        pieces: Sequence[Piece],
+        question: str,
+        source: str,
+        num_tokens: int,
+        rng: random.Random,
+        answer_prefix: str = "",
+    ) -> Stage1Sample:
+        """Put a frame around pieces in their final order and cut the fillers so that the text has `num_tokens`."""
+        instruction = Piece(self.encoder.encode_repeated(frame.instruction), Role.FILLER)
+        body = cut_to_length(pieces, num_tokens - len(instruction), rng)
+        ids, evidence, masked = _behind(instruction.ids, *join(body))
+        return Stage1Sample(
+            input_ids=ids,
+            question_ids=self.encoder.question_ids(frame.question.format(question=question), answer_prefix),
+            prefix_ids=self.encoder.prefix_ids,
+            positive_spans=evidence,
+            source=source,
+            masked_spans=masked,
+        )
+
+    def room(self, frame: Frame, pieces: Sequence[Piece], num_tokens: int) -> int:
+        """Return how many more tokens fit a text of `num_tokens` beside some pieces."""
+        return num_tokens - len(self.encoder.encode_repeated(frame.instruction)) - total_length(pieces)
+
+
+def _behind(
+    head: TokenArray, ids: TokenArray, evidence: tuple[Span, ...], masked: tuple[Span, ...]
+) -> tuple[TokenArray, tuple[Span, ...], tuple[Span, ...]]:
+    shift = len(head)
+    moved = tuple((start + shift, end + shift) for start, end in evidence)
+    return np.concatenate([head, ids]), moved, tuple((start + shift, end + shift) for start, end in masked)

@@ -1,0 +1,150 @@
+"""Key-value facts planted in long texts: one to sixteen keys of one wording, one or a few of them asked for."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from ...planting import Fact, plant, random_facts, spread
+from .context import BuildContext
+from .fact_wordings import FILLER_SENTENCES, Wording, draw_line_wording, draw_wording, listed
+from .frames import Frame, draw_frame
+from .pieces import Piece, Role
+from .sample import Stage1Sample
+
+_HAYSTACKS = ("prose", "passages", "filler", "lines")
+_HAYSTACK_WEIGHTS = (45, 15, 15, 25)
+_SEVERAL_VALUES_SHARE = 0.1
+_SEVERAL_KEYS_SHARE = 0.12
+_REVERSE_SHARE = 0.12
+_ANSWER_PREFIX_SHARE = 0.35
+_PLENTIFUL_KINDS = ("number", "uuid", "hex", "plate", "word_pair", "person")  # enough of them for long lists
+
+
+@dataclass(frozen=True)
+class Quiz:
+    """Statements of facts, which of them answer the question, and the question."""
+
+    statements: list[str]
+    is_evidence: list[bool]
+    question: str
+    answer_prefix: str
+
+
+def facts_sample(context: BuildContext, source: str, num_tokens: int, rng: random.Random) -> Stage1Sample:
+    """Build a text of `num_tokens` with planted facts and a question for one key (or a few, or for a value's key)."""
+    frame = draw_frame(rng, context.config.paper_format)
+    haystack = rng.choices(_HAYSTACKS, weights=_HAYSTACK_WEIGHTS)[0]
+    if haystack == "lines":
+        pieces, quiz = _list_of_facts(context, frame, num_tokens, rng)
+    else:
+        quiz = draw_quiz(rng, draw_wording(rng), _num_keys(rng, context.config.max_keys))
+        pieces = hide(context, frame, quiz.statements, quiz.is_evidence, haystack, num_tokens, rng)
+    return context.finish(frame, pieces, quiz.question, source, num_tokens, rng, quiz.answer_prefix)
+
+
+def _num_keys(rng: random.Random, most: int) -> int:
+    """Draw 1 key, a few or many, so that single facts and crowded texts are equally frequent."""
+    return min(most, rng.choice((1, 1, rng.randint(2, 4), rng.randint(4, 8), rng.randint(8, 16))))
+
+
+def draw_quiz(rng: random.Random, wording: Wording, num_keys: int) -> Quiz:
+    """Draw facts of one wording and a question for some of them."""
+    values_per_key = rng.randint(2, 4) if rng.random() < _SEVERAL_VALUES_SHARE else 1
+    kinds = rng.choice(wording.key_kinds), rng.choice(wording.value_kinds)
+    return quiz_on(rng, wording, random_facts(rng, num_keys, *kinds, values_per_key))
+
+
+def quiz_on(rng: random.Random, wording: Wording, facts: Sequence[Fact]) -> Quiz:
+    """State facts in random order, mostly in one form, and ask for one key or a few."""
+    num_asked = min(len(facts), rng.randint(2, 4)) if rng.random() < _SEVERAL_KEYS_SHARE else 1
+    asked = set(rng.sample(range(len(facts)), num_asked))
+    order = [(number, value) for number, fact in enumerate(facts) for value in fact.values]
+    rng.shuffle(order)
+    forms = wording.statements if rng.random() < 0.3 else (rng.choice(wording.statements),)
+    statements = [
+        rng.choice(forms).replace("{key}", facts[number].key).replace("{value}", value) for number, value in order
+    ]
+    question, prefix = _ask(rng, wording, [facts[number] for number in sorted(asked)])
+    return Quiz(statements, [number in asked for number, _ in order], question, prefix)
+
+
+def _ask(rng: random.Random, wording: Wording, facts: Sequence[Fact]) -> tuple[str, str]:
+    if len(facts) == 1 and len(facts[0].values) == 1 and wording.reverse and rng.random() < _REVERSE_SHARE:
+        return rng.choice(wording.reverse).replace("{value}", facts[0].values[0]), ""
+    keys = listed([fact.key for fact in facts])
+    prefix = rng.choice(wording.answers) if rng.random() < _ANSWER_PREFIX_SHARE else ""
+    return rng.choice(wording.questions).replace("{key}", keys), prefix.replace("{key}", keys)
+
+
+def hide(
+    context: BuildContext,
+    frame: Frame,
+    statements: Sequence[str],
+    is_evidence: Sequence[bool],
+    haystack: str,
+    num_tokens: int,
+    rng: random.Random,
+) -> list[Piece]:
+    """Plant statements at random places of a haystack of a kind, all together `num_tokens` long with the frame."""
+    spaced = "\n{}\n" if haystack == "passages" or rng.random() < 0.2 else " {}"
+    needles = [
+        Piece(context.encoder.encode(spaced.format(statement)), Role.EVIDENCE if wanted else Role.FILLER)
+        for statement, wanted in zip(statements, is_evidence, strict=True)
+    ]
+    room = max(0, context.room(frame, needles, num_tokens))
+    straw = _HAYSTACK_MAKERS[haystack](context, room, rng)
+    pieces, _ = plant(straw, needles, spread(rng, len(straw) + 1, len(needles)))
+    return pieces
+
+
+def _prose(context: BuildContext, room: int, rng: random.Random) -> list[Piece]:
+    ids, starts = context.prose(rng, room)
+    bounds = [*starts, len(ids)]
+    return [Piece(ids[start:end]) for start, end in pairwise(bounds)]
+
+
+def _passages(context: BuildContext, room: int, rng: random.Random) -> list[Piece]:
+    gap = context.encoder.encode_repeated("\n\n")
+    pieces: list[Piece] = []
+    while room > 0:
+        ids = context.pool.passage(context.random_passage(rng))[: context.config.max_passage_tokens]
+        pieces.append(Piece(np.concatenate([ids, gap])))
+        room -= len(pieces[-1])
+    return pieces
+
+
+def _filler(context: BuildContext, room: int, rng: random.Random) -> list[Piece]:
+    group = " ".join(rng.sample(FILLER_SENTENCES, rng.randint(1, 6))) + rng.choice(("\n", " ", "\n\n"))
+    ids = context.encoder.encode_repeated(group)
+    return [Piece(ids)] * (room // len(ids) + 1)
+
+
+_HAYSTACK_MAKERS = {"prose": _prose, "passages": _passages, "filler": _filler}
+
+
+def _list_of_facts(
+    context: BuildContext, frame: Frame, num_tokens: int, rng: random.Random
+) -> tuple[list[Piece], Quiz]:
+    """Fill a text with nothing but facts of one wording, as many as fit."""
+    wording = draw_line_wording(rng) if rng.random() < 0.5 else draw_wording(rng)
+    kinds = _plentiful(rng, wording.key_kinds), _plentiful(rng, wording.value_kinds)
+    gap = rng.choice(("\n", "\n", "\n", "\n\n", " "))
+    room = context.room(frame, (), num_tokens)
+    trial = quiz_on(rng, wording, random_facts(rng, 8, *kinds))
+    tokens_per_line = len(context.encoder.encode(gap.join(trial.statements))) / len(trial.statements)
+    quiz = quiz_on(rng, wording, random_facts(rng, max(1, int(1.05 * room / tokens_per_line)), *kinds))
+    lines = context.encoder.encode_batch([statement + gap for statement in quiz.statements])
+    pieces = [
+        Piece(np.array(ids, dtype=np.int32), Role.EVIDENCE if wanted else Role.FILLER)
+        for (ids, _), wanted in zip(lines, quiz.is_evidence, strict=True)
+    ]
+    return pieces, quiz
+
+
+def _plentiful(rng: random.Random, kinds: Sequence[str]) -> str:
+    return rng.choice([kind for kind in kinds if kind in _PLENTIFUL_KINDS] or _PLENTIFUL_KINDS)

@@ -1,0 +1,78 @@
+"""One training example of the page retriever, and which of its pages hold the evidence (D15)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import UserError
+
+IntArray = NDArray[np.int64]
+TokenArray = NDArray[np.int32]
+Span = tuple[int, int]
+
+MIN_OVERLAP_TOKENS = 8
+MIN_OVERLAP_SHARE = 0.25
+
+
+@dataclass(frozen=True, eq=False)
+class Stage1Sample:
+    """A text with evidence at known places and a question for it, as token ids.
+
+    The model reads prefix page, text pages, question page: `prefix_ids + input_ids + question_ids` is the whole
+    prompt (one user turn of the chat template, D24).
+
+    Attributes:
+        input_ids: int32 [T], the text; pages are cut from its first token on.
+        question_ids: int32 [Q], everything behind the text: question and the chat template's tail.
+        prefix_ids: int32 [S], BOS and the chat template's head up to where the user's text begins.
+        positive_spans: token spans (start, end) within `input_ids` that hold the evidence.
+        source: the name of the mixture part that made the sample.
+        masked_spans: spans that are neither evidence nor fair negatives (they leave the denominator).
+    """
+
+    input_ids: TokenArray
+    question_ids: TokenArray
+    prefix_ids: TokenArray
+    positive_spans: tuple[Span, ...]
+    source: str
+    masked_spans: tuple[Span, ...] = ()
+
+
+def page_labels(sample: Stage1Sample, page_size: int) -> tuple[IntArray, IntArray]:
+    """Return (positives, masked): ascending indices of text pages, page 0 being the first page of `input_ids`.
+
+    A page is positive for a span if it overlaps it by at least `max(8, 25% of the span)` tokens, where a span counts
+    as at most two pages long, so that every page well inside a long span is positive; the page of the largest overlap
+    always is. Masked are pages that touch a positive span less than that, or touch a masked span. The two sets are
+    disjoint. Spec D15 (b). Raises `UserError` if `page_size` < 1.
+    """
+    if page_size < 1:
+        raise UserError(f"page_size must be at least 1, got {page_size}.")
+    positives: set[int] = set()
+    touched: set[int] = set()
+    for span in sample.positive_spans:
+        overlaps = _overlaps(span, page_size)
+        touched.update(overlaps)
+        needed = _needed_overlap(span, page_size, max(overlaps.values(), default=0))
+        positives.update(page for page, overlap in overlaps.items() if overlap >= needed)
+    for span in sample.masked_spans:
+        touched.update(_overlaps(span, page_size))
+    return _ascending(positives), _ascending(touched - positives)
+
+
+def _overlaps(span: Span, page_size: int) -> dict[int, int]:
+    start, end = span
+    pages = range(start // page_size, -(-end // page_size)) if end > start else range(0)
+    return {page: min(end, (page + 1) * page_size) - max(start, page * page_size) for page in pages}
+
+
+def _needed_overlap(span: Span, page_size: int, largest: int) -> float:
+    counted_length = min(span[1] - span[0], 2 * page_size)
+    return min(max(MIN_OVERLAP_TOKENS, MIN_OVERLAP_SHARE * counted_length), largest)
+
+
+def _ascending(pages: set[int]) -> IntArray:
+    return np.array(sorted(pages), dtype=np.int64)
