@@ -15,11 +15,12 @@ from torch import Tensor
 
 from ..config import RetroConfig
 from ..methods import METHODS, PageMethod, PageTensors, choose_pages
-from ..ops.attention import attend, attend_reference
+from ..ops.attention import attend
 from ..ops.rotary import rotate
 from ..retriever import PageRetriever
 from ..store import DigestIndex, PageStore
 from .backbone import Backbone
+from .bookmark_attention import attend_bookmarks
 from .chunk import Chunk, PageGroup
 from .gather import SetLayout, lay_out
 
@@ -250,25 +251,24 @@ class PrefillProgram:
 
     def _attend_bookmarks(self, layer: int, group: PageGroup, marks: tuple[Tensor, ...], k_nQKD: Tensor,
                           v_nQKD: Tensor, scale: float, softcap: float | None) -> Tensor:
-        """A bookmark attends the sink, its own page and itself, at adjacent compact positions (D13)."""
+        """The bookmarks of a group: sink, own page, itself (D13)."""
         q_nHD, mark_k, mark_v = marks
-        rope, table = self.parts.backbone.rope(layer), group.table
         device = q_nHD.device
         sink_k, sink_v = self._sink(layer, group, k_nQKD)
-        num_sink = sink_k.shape[1]
-        own_n = group.lengths.sum(1).to(device)
-        is_sink = torch.tensor([past < table.num_sink for past in group.num_past], device=device)
-        base_n = torch.where(is_sink, 0, num_sink)
-        inside = torch.arange(k_nQKD.shape[1], device=device)
-        sink_pos = torch.arange(num_sink, device=device).expand(len(group), -1)
-        positions = torch.cat([sink_pos, base_n[:, None] + inside, (base_n + own_n)[:, None]], 1)
-        allowed = torch.cat([~is_sink[:, None].expand(-1, num_sink), inside < own_n[:, None]], 1)
-        allowed = torch.cat([allowed, torch.ones_like(allowed[:, :1])], 1)
-        cos, sin = rope.at(positions)
-        keys = rotate(torch.cat([sink_k, k_nQKD, mark_k[:, None]], 1), cos[:, :, None], sin[:, :, None])
-        values = torch.cat([sink_v, v_nQKD, mark_v[:, None]], 1)
-        query = rotate(q_nHD[:, None], cos[:, -1:, None], sin[:, -1:, None])
-        return attend_reference(query, keys, values, allowed[:, None], scale, softcap)[:, 0]
+        return attend_bookmarks(
+            q_nHD,
+            mark_k,
+            mark_v,
+            k_nQKD,
+            v_nQKD,
+            group.lengths.sum(1).to(device),
+            sink_k,
+            sink_v,
+            torch.tensor([past < group.table.num_sink for past in group.num_past], device=device),
+            self.parts.backbone.rope(layer),
+            scale,
+            softcap,
+        )
 
     def _sink(self, layer: int, group: PageGroup, k_nQKD: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the sink pages' tokens, [n, tokens, K, D]."""
