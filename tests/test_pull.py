@@ -80,6 +80,7 @@ def test_a_pulled_model_has_a_tokenizer_with_chat_template(finished: tuple[Path,
     assert tokenizer.decode(tokenizer("the naïve 東")["input_ids"]) == "the naïve 東"
     assert tokenizer.chat_template == TEMPLATE
     assert tokenizer.model_max_length == 128
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
 
 
 def test_the_card_and_licence_lie_beside_the_weights(finished: tuple[Path, object], index: TinyIndex) -> None:

@@ -18,7 +18,7 @@ TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}{% endfor %}"
 
 def write_gguf(file: Path, *, head_noise: float) -> dict[str, np.ndarray]:
     """Write a random Llama; its head is the embedding plus `head_noise` times noise. Returns its float32 tensors."""
-    tokens = ["<unk>", "<s>", "</s>", *bytes_alphabet(), "th"]
+    tokens = ["<unk>", "<s>", "</s>", *bytes_alphabet(), "th", "the"]
     rng = np.random.default_rng(0)
     tensors = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes(len(tokens)).items()}
     noise = rng.standard_normal(tensors["token_embd.weight"].shape).astype(np.float32)
@@ -73,7 +73,7 @@ def _add_config(writer: gguf.GGUFWriter, tokens: list[str]) -> None:
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3, 3] + [1] * (len(tokens) - 3))
-    writer.add_token_merges(["t h"])
+    writer.add_token_merges(["t h", "th e"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)

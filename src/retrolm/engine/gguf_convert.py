@@ -10,7 +10,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..errors import UserError
 
@@ -30,6 +37,7 @@ def convert_gguf(gguf_file: Path, folder: Path, *, dtype: torch.dtype, window: i
     with contextlib.redirect_stderr(io.StringIO()):  # transformers' bars, which no setting turns off
         model = _load_dequantised(gguf_file, dtype)
         tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    name_special_tokens(tokenizer, model.config)
     tokenizer.model_max_length = window
     tokenizer.save_pretrained(folder)
     save_clean(model, folder)
@@ -70,6 +78,14 @@ def tie_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return tensors
     tied = {name: tensor for name, tensor in tensors.items() if name != HEAD}
     return {**tied, EMBEDDING: head}
+
+
+def name_special_tokens(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Give the tokenizer the config's BOS, EOS and padding tokens: some transformers take a GGUF's BOS for its EOS."""
+    for kind in ("bos", "eos", "pad"):
+        number = getattr(config, f"{kind}_token_id", None)
+        if isinstance(number, int):
+            setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(number))
 
 
 def _load_dequantised(gguf_file: Path, dtype: torch.dtype) -> PreTrainedModel:
