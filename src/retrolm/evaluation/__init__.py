@@ -1,0 +1,1 @@
+"""Benchmarks: tasks and their scores, the runner, and the report."""
