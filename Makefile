@@ -1,0 +1,62 @@
+# `make` lists the targets. Everything is installed into .venv; a second run installs nothing.
+
+# the Python that makes .venv: any of 3.11 or newer
+PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 python3.11,$(call new-enough,$(name))) python3)
+new-enough = $(shell $(1) -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $(1))
+
+# what pip installs as torch where it is missing, for example a CUDA build: make setup RETROLM_TORCH='torch==2.13.0+cu130'
+RETROLM_TORCH ?= torch==2.13.0
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+USER_EXTRAS := gguf,documents
+TEST_EXTRAS := $(USER_EXTRAS),evaluation,training,dev
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo demo-book test lint format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: .venv/.user ## install RetroLM into .venv
+
+demo: .venv/.user ## read the opening chapters of a book with a small model and ask it three questions
+	@$(BIN)/retrolm demo
+
+demo-book: .venv/.user ## the same with the whole book
+	@$(BIN)/retrolm demo --book
+
+lint: .venv/.test ## style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+test: lint ## style, types and the test suite (no GPU, no network, no model needed)
+	$(BIN)/python -m pytest -m "not gpu and not slow"
+
+format: .venv/.test ## apply the style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## remove .venv and caches (pulled models stay)
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# The dotted files are stamps: a step runs again only when what it depends on has changed.
+.venv/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "RetroLM needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) -V 2>&1). Name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/.torch: .venv/.made
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) $(RETROLM_TORCH)
+	@touch $@
+
+.venv/.user: .venv/.torch pyproject.toml
+	$(PIP) -e '.[$(USER_EXTRAS)]'
+	@touch $@
+
+.venv/.test: .venv/.torch pyproject.toml
+	$(PIP) -e '.[$(TEST_EXTRAS)]'
+	@touch $@ .venv/.user
