@@ -16,7 +16,7 @@ from torch import Tensor
 from ..config import RetroConfig
 from ..methods import METHODS, PageMethod, PageTensors, choose_pages
 from ..ops.attention import attend
-from ..ops.rotary import rotate
+from ..ops.rotary import rotate, unscaled
 from ..retriever import PageRetriever
 from ..store import DigestIndex, PageStore
 from .backbone import Backbone
@@ -94,7 +94,7 @@ class PrefillProgram:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
         rope = self.parts.backbone.rope(layer)
-        q, k = (_unscaled(x[0].transpose(0, 1), rope.scaling, rope.rotary_dims) for x in (q, k))
+        q, k = (unscaled(x[0].transpose(0, 1), rope.scaling, rope.rotary_dims) for x in (q, k))
         v = v[0].transpose(0, 1)
         N, Q = self.chunk.num_pages, self.chunk.width
         q_NQHD, k_NQKD, v_NQKD = (x[: N * Q].unflatten(0, (N, Q)) for x in (q, k, v))
@@ -108,13 +108,17 @@ class PrefillProgram:
             self._attend_group(layer, index, group, q_NQHD[where], chosen, scores, out[where], scale, softcap)
             if marks is not None:
                 own = tuple(x[where] for x in marks)
-                out_marks.append(self._attend_bookmarks(layer, group, own, k_NQKD[where], v_NQKD[where], scale, softcap))
+                out_marks.append(
+                    self._attend_bookmarks(layer, group, own, k_NQKD[where], v_NQKD[where], scale, softcap)
+                )
         rows = [out.flatten(0, 1), *out_marks]
         return torch.cat(rows)[None]
 
     # --- pages into the store -------------------------------------------------------------------------------
 
-    def _page_tensors(self, layer: int, q_NQHD: Tensor, k_NQKD: Tensor, marks: tuple[Tensor, ...] | None) -> PageTensors:
+    def _page_tensors(
+        self, layer: int, q_NQHD: Tensor, k_NQKD: Tensor, marks: tuple[Tensor, ...] | None
+    ) -> PageTensors:
         device = q_NQHD.device
         ordinals = torch.tensor([n for group in self.chunk.groups for n in group.num_past], device=device)
         pages = PageTensors(layer, q_NQHD, k_NQKD, self._lengths.to(device), ordinals)
@@ -168,8 +172,18 @@ class PrefillProgram:
 
     # --- attention ------------------------------------------------------------------------------------------
 
-    def _attend_group(self, layer: int, index: int, group: PageGroup, q_nQHD: Tensor, chosen: Tensor,
-                      scores: Tensor | None, out: Tensor, scale: float, softcap: float | None) -> None:
+    def _attend_group(
+        self,
+        layer: int,
+        index: int,
+        group: PageGroup,
+        q_nQHD: Tensor,
+        chosen: Tensor,
+        scores: Tensor | None,
+        out: Tensor,
+        scale: float,
+        softcap: float | None,
+    ) -> None:
         """Attention of a group's normal tokens, alike pages together; fills `out` [n, Q, H, D]."""
         for rows, count in self._alike(layer, group, chosen):
             picked = chosen[rows, chosen.shape[1] - count :]
@@ -249,8 +263,16 @@ class PrefillProgram:
             info.device,
         )
 
-    def _attend_bookmarks(self, layer: int, group: PageGroup, marks: tuple[Tensor, ...], k_nQKD: Tensor,
-                          v_nQKD: Tensor, scale: float, softcap: float | None) -> Tensor:
+    def _attend_bookmarks(
+        self,
+        layer: int,
+        group: PageGroup,
+        marks: tuple[Tensor, ...],
+        k_nQKD: Tensor,
+        v_nQKD: Tensor,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
         """The bookmarks of a group: sink, own page, itself (D13)."""
         q_nHD, mark_k, mark_v = marks
         device = q_nHD.device
@@ -290,8 +312,15 @@ class PrefillProgram:
         if self.parts.backbone.retrieves(layer):
             self.peak_attended = max(self.peak_attended, layout.positions_nL.shape[1])
 
-    def _keep(self, capture: QueryCapture, k_nLKD: Tensor, v_nLKD: Tensor, layout: SetLayout, picked: Tensor,
-              scores: Tensor | None) -> None:
+    def _keep(
+        self,
+        capture: QueryCapture,
+        k_nLKD: Tensor,
+        v_nLKD: Tensor,
+        layout: SetLayout,
+        picked: Tensor,
+        scores: Tensor | None,
+    ) -> None:
         valid = layout.valid_nL[0]
         capture.keys.append(k_nLKD[0, valid])
         capture.values.append(v_nLKD[0, valid])
@@ -299,15 +328,9 @@ class PrefillProgram:
         capture.choices.append(LayerChoice(ordinals, None if scores is None else scores[0].cpu(), int(valid.sum())))
 
 
-def _unscaled(x_THD: Tensor, scaling: float, rotary_dims: int) -> Tensor:
-    """Undo what RoPE at position 0 does: nothing, or a scale on the rotary dims (yarn, longrope)."""
-    if scaling == 1.0:
-        return x_THD
-    return torch.cat([x_THD[..., :rotary_dims] / scaling, x_THD[..., rotary_dims:]], -1)
-
-
 def _take(pages: PageTensors, where: slice) -> PageTensors:
     """The rows of one group."""
+
     def cut(x: Tensor | None) -> Tensor | None:
         return None if x is None else x[where]
 
@@ -349,7 +372,9 @@ def _most_recent(group: PageGroup, window: int) -> Tensor:
             reach += int(group.table.lengths[first])
         picks.append(list(range(first, past)))
     width = max(len(pick) for pick in picks)
-    return torch.tensor([[-1] * (width - len(pick)) + pick for pick in picks], dtype=torch.int64).reshape(len(picks), width)
+    return torch.tensor([[-1] * (width - len(pick)) + pick for pick in picks], dtype=torch.int64).reshape(
+        len(picks), width
+    )
 
 
 def _full_between(table: PageTable, num_past: int) -> bool:

@@ -30,3 +30,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     torch.mul(second, cos, out=out[..., half:rotary_dims]).addcmul_(first, sin)
     out[..., rotary_dims:] = x[..., rotary_dims:]
     return out
+
+
+def unscaled(x: Tensor, scaling: float, rotary_dims: int) -> Tensor:
+    """Undo what RoPE does at position 0: nothing, or a scale on the rotary dims of `x` [..., D] (yarn, longrope)."""
+    if scaling == 1.0:
+        return x
+    return torch.cat([x[..., :rotary_dims] / scaling, x[..., rotary_dims:]], -1)

@@ -1,0 +1,109 @@
+"""The bookmark stream: one token per page through the stock layers, over captured keys and values (spec E, stage 1).
+
+Since bookmarks are invisible to normal tokens, this small pass is all that training differentiates.
+Shape letters: B sequences, M pages with the query page last, H, K heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..ops.rotary import unscaled
+from ..retriever import PageRetriever
+from .attachment import Attachment
+from .backbone import Backbone
+from .bookmark_attention import attend_bookmarks
+from .dense_pass import DenseStates
+from .page_batch import PageBatch
+
+
+@dataclass
+class BookmarkStates:
+    """Bookmark queries and keys by layer before RoPE: [B, M, H, D] and [B, M, K, D] (constant key bias removed)."""
+
+    queries: list[Tensor] = field(default_factory=list)
+    keys: list[Tensor] = field(default_factory=list)
+
+
+class BookmarkProgram:
+    """Forward pass of bookmark rows alone (a `Program`); differentiable in the retriever."""
+
+    def __init__(self, backbone: Backbone, retriever: PageRetriever | None, batch: PageBatch, dense: DenseStates) -> None:
+        self._backbone = backbone
+        self._retriever = retriever
+        self._dense = dense
+        B, T = batch.tokens_BT.shape
+        # Without a prefix the first text page is the sink, as in prefill.
+        self._num_sink = batch.num_prefix or int(batch.lengths_BM[:, 0].min())
+        is_sink = torch.zeros_like(batch.lengths_BM, dtype=torch.bool)
+        is_sink[:, 0] = batch.num_prefix == 0
+        self._is_sink = is_sink.flatten()
+        self._lengths = batch.lengths_BM.flatten()
+        width = int(batch.lengths_BM.max())
+        inside = torch.arange(width, device=batch.tokens_BT.device)
+        rows = batch.starts_BM[..., None] + inside
+        first = torch.arange(B, device=rows.device)[:, None, None] * T
+        self._own = (first + rows.clamp(max=T - 1)).flatten(0, 1)
+        self.states = BookmarkStates()
+
+    def project(self, layer: int, name: str, rows: Tensor, out: Tensor) -> Tensor | None:
+        return None if self._retriever is None else out + self._retriever.delta(layer, name, rows).to(out.dtype)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
+        rope = self._backbone.rope(layer)
+        q, k = (unscaled(x, rope.scaling, rope.rotary_dims).transpose(1, 2) for x in (q, k))
+        bias = self._backbone.layers[layer].key_bias
+        self.states.queries.append(q)
+        self.states.keys.append(k if bias is None else k - bias)
+        keys, values = self._dense.keys[layer], self._dense.values[layer]
+        own_k, own_v = (x.flatten(0, 1)[self._own] for x in (keys, values))
+        B, M = q.shape[:2]
+        sink_k, sink_v = (x[:, : self._num_sink].repeat_interleave(M, 0) for x in (keys, values))
+        out = attend_bookmarks(
+            q.flatten(0, 1),
+            k.flatten(0, 1),
+            v.transpose(1, 2).flatten(0, 1),
+            own_k,
+            own_v,
+            self._lengths,
+            sink_k,
+            sink_v,
+            self._is_sink,
+            rope,
+            scale,
+            softcap,
+        )
+        return out.unflatten(0, (B, M))
+
+
+def bookmark_stream(backbone: Backbone, attachment: Attachment, retriever: PageRetriever | None, bookmark: Tensor,
+                    batch: PageBatch, dense: DenseStates) -> BookmarkStates:
+    """Run one bookmark per page.
+
+    Args:
+        retriever: None = untrained copies. bookmark: embedding [hidden].
+        dense: the frozen pass over the same batch.
+    """
+    backbone.require_positions(max(batch.num_prefix, int(batch.lengths_BM[:, 0].max())) + int(batch.lengths_BM.max()) + 2)
+    program = BookmarkProgram(backbone, retriever, batch, dense)
+    B, M = batch.lengths_BM.shape
+    with attachment.run(program):
+        backbone.decoder(
+            inputs_embeds=bookmark.to(backbone.dtype).expand(B, M, -1),
+            position_ids=torch.zeros(B, M, dtype=torch.int64, device=backbone.device),
+            use_cache=False,
+        )
+    return program.states
+
+
+def page_scores(states: BookmarkStates, layer: int) -> Tensor:
+    """Scores of the text pages for the query page, float32 [B, M - 1] (paper eq 6; D3-D5)."""
+    q_BHD = states.queries[layer][:, -1].float()
+    k_BPKD = states.keys[layer][:, :-1].float()
+    B, H, D = q_BHD.shape
+    K = k_BPKD.shape[2]
+    q_BKD = q_BHD.reshape(B, K, H // K, D).sum(2)
+    return torch.einsum("bkd,bpkd->bp", q_BKD, k_BPKD) * (H * D) ** -0.5

@@ -1,0 +1,92 @@
+"""One frozen dense forward pass that keeps every layer's keys and values before RoPE (D14 a)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops.rotary import rotate, unscaled
+from .attachment import Attachment
+from .backbone import Backbone
+from .page_batch import PageBatch
+
+Observer = Callable[[int, Tensor, Tensor], None]
+
+
+@dataclass
+class DenseStates:
+    """Keys and values by layer, before RoPE: each [B, T, K, D]."""
+
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+
+class DenseProgram:
+    """Full causal attention at true positions (a `Program`).
+
+    Args:
+        observe: called with (layer, queries, keys) before RoPE, [B, T, H, D] and [B, T, K, D], for page indexes that
+            look at normal tokens.
+    """
+
+    def __init__(self, backbone: Backbone, observe: Observer | None = None) -> None:
+        self._backbone = backbone
+        self._observe = observe
+        self.states = DenseStates()
+
+    def project(self, layer: int, name: str, rows: Tensor, out: Tensor) -> Tensor | None:
+        """There are no bookmarks in this pass."""
+        return None
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
+        rope = self._backbone.rope(layer)
+        q, k = (unscaled(x, rope.scaling, rope.rotary_dims) for x in (q, k))
+        if self._observe is not None:
+            self._observe(layer, q.transpose(1, 2), k.transpose(1, 2))
+        self.states.keys.append(k.transpose(1, 2))
+        self.states.values.append(v.transpose(1, 2))
+        cos, sin = rope.at(torch.arange(q.shape[2], device=q.device))
+        out = _dense_attention(
+            rotate(q, cos, sin), rotate(k, cos, sin), v, scale, softcap, self._backbone.layers[layer].window
+        )
+        return out.transpose(1, 2)
+
+
+@torch.no_grad()
+def dense_pass(backbone: Backbone, attachment: Attachment, batch: PageBatch, observe: Observer | None = None
+               ) -> DenseStates:
+    """Run the frozen backbone over `batch` once; no logits are computed."""
+    backbone.require_positions(batch.tokens_BT.shape[1])
+    program = DenseProgram(backbone, observe)
+    with attachment.run(program):
+        backbone.decoder(
+            inputs_embeds=backbone.embed(batch.tokens_BT),
+            position_ids=torch.zeros_like(batch.tokens_BT, device=backbone.device),
+            use_cache=False,
+        )
+    return program.states
+
+
+def _dense_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float, softcap: float | None,
+                     window: int | None) -> Tensor:
+    T = q_BHTD.shape[2]
+    grouped = q_BHTD.shape[1] != k_BKTD.shape[1]
+    if softcap is None and (window is None or window >= T):
+        return F.scaled_dot_product_attention(
+            q_BHTD, k_BKTD, v_BKTD, is_causal=True, scale=scale, enable_gqa=grouped
+        )
+    distance = torch.arange(T, device=q_BHTD.device)[:, None] - torch.arange(T, device=q_BHTD.device)
+    allowed = (distance >= 0) & (distance < (window or T))
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            q_BHTD, k_BKTD, v_BKTD, attn_mask=allowed, scale=scale, enable_gqa=grouped
+        )
+    group = q_BHTD.shape[1] // k_BKTD.shape[1]
+    k, v = (x.repeat_interleave(group, 1) for x in (k_BKTD, v_BKTD))
+    scores = softcap * torch.tanh(q_BHTD.float() @ k.float().transpose(2, 3) * scale / softcap)
+    weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+    return (weights @ v.float()).to(q_BHTD.dtype)

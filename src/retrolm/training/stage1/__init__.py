@@ -1,0 +1,1 @@
+"""Stage 1: contrastive training of the page retriever on a frozen backbone."""
