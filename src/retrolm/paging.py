@@ -48,9 +48,7 @@ class PageTable:
 
     def extended(self, ids: Tensor, lengths: Tensor) -> PageTable:
         """Return a table with further pages behind these."""
-        return PageTable(
-            torch.cat([self.ids, ids]), torch.cat([self.lengths, lengths]), self.num_sink, self.page_size
-        )
+        return PageTable(torch.cat([self.ids, ids]), torch.cat([self.lengths, lengths]), self.num_sink, self.page_size)
 
     def to(self, device: torch.device) -> PageTable:
         """Return the table with its tensors on `device`."""

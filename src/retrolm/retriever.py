@@ -120,7 +120,9 @@ def read_card(folder: str | Path) -> RetrieverCard:
     """Read the card of a saved retriever; raises `UserError` if the folder holds none."""
     path = Path(folder) / CARD_FILE
     if not path.is_file():
-        raise UserError(f"{folder} holds no page retriever: {CARD_FILE} is missing. Point to a folder saved by RetroLM.")
+        raise UserError(
+            f"{folder} holds no page retriever: {CARD_FILE} is missing. Point to a folder saved by RetroLM."
+        )
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         version = fields.pop("format_version")
@@ -128,7 +130,9 @@ def read_card(folder: str | Path) -> RetrieverCard:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a readable retriever card ({error}). Export the retriever again.") from None
     if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format {version}; this version reads {FORMAT_VERSION}. Export the retriever again.")
+        raise UserError(
+            f"{path} has format {version}; this version reads {FORMAT_VERSION}. Export the retriever again."
+        )
     return card
 
 

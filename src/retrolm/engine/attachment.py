@@ -35,8 +35,16 @@ class Program(Protocol):
 _PROGRAM: ContextVar[Program | None] = ContextVar("retrolm_program", default=None)
 
 
-def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-               scaling: float | None = None, softcap: float | None = None, **_: Any) -> tuple[Tensor, None]:
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
     program = _PROGRAM.get()
     if program is None:
         raise RuntimeError("RetroLM's attention was called outside a RetroLM forward pass")
@@ -52,7 +60,7 @@ class Attachment:
 
     def __init__(self, backbone: Backbone) -> None:
         AttentionInterface.register(ATTENTION_NAME, _attention)
-        self._config = backbone.layers[0].attention.config
+        self._config: Any = backbone.layers[0].attention.config
         self._lock = threading.RLock()
         self._handles = [
             getattr(layer.attention, name).register_forward_hook(_projection_hook(index, name))

@@ -116,22 +116,22 @@ class Backbone:
             "norm_digest": _norm_digest(self.decoder),
         }
 
-    def _layer(self, index: int, layer: nn.Module) -> LayerInfo:
+    def _layer(self, index: int, layer: Any) -> LayerInfo:
         attention = layer.self_attn
         projections = next((names for names in (_SEPARATE, _FUSED) if all(hasattr(attention, n) for n in names)), None)
         if projections is None:
             raise UnsupportedModelError(
-                f"Layer {index} of this {self.config.model_type!r} model has neither q_proj/k_proj/v_proj nor qkv_proj, "
-                "which bookmark projections attach to."
+                f"Layer {index} of this {self.config.model_type!r} model has neither q_proj/k_proj/v_proj nor "
+                "qkv_proj, which bookmark projections attach to."
             )
         types = getattr(self.config, "layer_types", None)
-        per_type = isinstance(next(iter(self.config.rope_parameters.values()), None), dict)
+        per_type = _rope_per_type(self.config)
         device = next(attention.parameters()).device
         return LayerInfo(
             attention=attention,
             projections=projections,
             window=_window(self.config, types[index] if types else None),
-            layer_type=types[index] if per_type else None,
+            layer_type=types[index] if types and per_type else None,
             device=device,
             key_bias=self._key_bias(attention),
         )
@@ -145,7 +145,9 @@ class Backbone:
     def _rope_tables(self, position_limit: int) -> dict[tuple[str | None, torch.device], RopeTable]:
         rotary = getattr(self.decoder, "rotary_emb", None)
         if rotary is None:
-            raise UnsupportedModelError(f"This {self.config.model_type!r} model has no rotary_emb module on its decoder.")
+            raise UnsupportedModelError(
+                f"This {self.config.model_type!r} model has no rotary_emb module on its decoder."
+            )
         tables = {}
         for layer in self.layers:
             key = (layer.layer_type, layer.device)
@@ -162,6 +164,11 @@ def check_family(config: Any) -> None:
             f"Models of type {config.model_type!r} are not supported. Supported: {', '.join(FAMILIES)}. "
             "docs/add_a_model_family.md says what a family needs."
         )
+
+
+def _rope_per_type(config: Any) -> bool:
+    """Whether the model has RoPE tables of its own for each layer type (Gemma 3)."""
+    return isinstance(next(iter(config.rope_parameters.values()), None), dict)
 
 
 def _window(config: Any, layer_type: str | None) -> int | None:
@@ -182,9 +189,7 @@ def _frequency_set(config: Any, layer_type: str | None, position_limit: int) -> 
     if rope_type == "dynamic":
         return 0, int(config.max_position_embeddings)
     if rope_type == "longrope":
-        original = int(
-            parameters.get("original_max_position_embeddings") or config.original_max_position_embeddings
-        )
+        original = int(parameters.get("original_max_position_embeddings") or config.original_max_position_embeddings)
         return (original, None) if position_limit > original else (0, original)
     return 0, None
 

@@ -78,8 +78,14 @@ class Chunk:
         return torch.cat([group.lengths.sum(1) for group in self.groups])
 
 
-def text_group(table: PageTable, first: int, tokens: list[list[int]], config: RetroConfig, window: int,
-               last_probe: dict[int, Tensor] | None = None) -> PageGroup:
+def text_group(
+    table: PageTable,
+    first: int,
+    tokens: list[list[int]],
+    config: RetroConfig,
+    window: int,
+    last_probe: dict[int, Tensor] | None = None,
+) -> PageGroup:
     """Group of text pages `first`, `first + 1`, … of `table`; `window` is the widest sliding window kept (tokens)."""
     ordinals = range(first, first + len(tokens))
     room = [room_for_past(table, n, table.page_size, config.kv_budget, config.strict_budget) for n in ordinals]
@@ -91,13 +97,16 @@ def text_group(table: PageTable, first: int, tokens: list[list[int]], config: Re
         num_past=list(ordinals),
         tokens=tokens,
         room=room,
-        end=[max(start_position(table, n, r), _window_end(table, n, window)) for n, r in zip(ordinals, room, strict=True)],
+        end=[
+            max(start_position(table, n, r), _window_end(table, n, window)) for n, r in zip(ordinals, room, strict=True)
+        ],
         last_probe={} if last_probe is None else last_probe,
     )
 
 
-def query_group(table: PageTable, ids: Tensor, tokens: list[int], config: RetroConfig, window: int,
-                pinned: tuple[int, ...] = ()) -> PageGroup:
+def query_group(
+    table: PageTable, ids: Tensor, tokens: list[int], config: RetroConfig, window: int, pinned: tuple[int, ...] = ()
+) -> PageGroup:
     """Group of one query page that stands behind all pages of `table`, in the store pages `ids` [O]."""
     past, size = len(table), table.page_size
     room = room_for_past(table, past, len(tokens), config.kv_budget, config.strict_budget)

@@ -68,8 +68,8 @@ class Encoder:
         needed = min(max(1, config.num_local_pages) + len(pinned), max(len(table) - table.num_sink, 0))
         if group.room[0] < needed:
             raise UserError(
-                f"The question takes {len(tokens)} tokens and leaves room for {max(group.room[0], 0)} pages of the text "
-                f"in kv_budget={config.kv_budget}; at least {needed} needed. Shorten it or raise kv_budget."
+                f"The question takes {len(tokens)} tokens and leaves room for {max(group.room[0], 0)} pages of the "
+                f"text in kv_budget={config.kv_budget}; at least {needed} needed. Shorten it or raise kv_budget."
             )
         return group
 

@@ -52,7 +52,8 @@ def lay_out(
     """Lay out [selected pages | own pages] of `n` pages (one row stands for all where they are alike).
 
     Args:
-        past_lengths_nS, past_starts_nS, own_lengths_nO, own_starts_nO, end_n: on the CPU, so that nothing here waits for a GPU.
+        past_lengths_nS, past_starts_nS, own_lengths_nO, own_starts_nO, end_n: on the CPU, so that nothing
+            here waits for a GPU.
         own_lengths_nO: own tokens per own slot. own_starts_nO: first own token's place inside its slot.
         end_n: compact position of the first own token.
         device: where the layout is used. The mask is built there even where causal masking would do, unless it is

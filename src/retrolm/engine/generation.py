@@ -79,8 +79,9 @@ class Generator:
             raise
         return held
 
-    def _rounds(self, queries: list[Query], held: list[Tensor], every: int, max_new_tokens: int,
-                options: dict[str, Any]) -> None:
+    def _rounds(
+        self, queries: list[Query], held: list[Tensor], every: int, max_new_tokens: int, options: dict[str, Any]
+    ) -> None:
         pinned: list[tuple[int, ...]] = [() for _ in queries]
         still = list(range(len(queries)))
         while still:
@@ -104,8 +105,13 @@ class Generator:
         query.table = query.table.extended(held[-len(lengths) :], torch.tensor(lengths))
         query.tokens = query.generated[-every:]
 
-    def _round(self, queries: list[Query], num_tokens: int, options: dict[str, Any],
-               pinned: list[tuple[int, ...]] | None = None) -> list[Tensor]:
+    def _round(
+        self,
+        queries: list[Query],
+        num_tokens: int,
+        options: dict[str, Any],
+        pinned: list[tuple[int, ...]] | None = None,
+    ) -> list[Tensor]:
         started = time.perf_counter()
         store, size = self._encoder.parts.store, self._encoder.parts.config.page_size
         ids = [store.reserve(-(-len(query.tokens) // size)) for query in queries]
@@ -123,8 +129,14 @@ class Generator:
         return ids
 
     @torch.no_grad()
-    def _generate(self, queries: list[Query], captures: list[QueryCapture], num_tokens: int, options: dict[str, Any],
-                  started: float) -> None:
+    def _generate(
+        self,
+        queries: list[Query],
+        captures: list[QueryCapture],
+        num_tokens: int,
+        options: dict[str, Any],
+        started: float,
+    ) -> None:
         backbone = self._encoder.parts.backbone
         cache, starts, mask = build_cache(captures)
         expand = max(int(options.get("num_beams", 1) or 1), int(options.get("num_return_sequences", 1) or 1))

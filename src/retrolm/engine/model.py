@@ -29,7 +29,7 @@ from .prompts import QUESTION_TEMPLATE, PromptFormat, prompt_format
 from .pull import resolve_model
 from .results import Answer, PageUse, Retrieval, Timings
 from .shipped import find_shipped, resolve_retriever
-
+from .text_files import read_text_file
 
 _SPARE_PAGES = 8
 _STORE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,8 +49,16 @@ class RetroLM:
         chat: put documents into the chat template; None = if the tokenizer has one.
     """
 
-    def __init__(self, model: Any, tokenizer: Any = None, *, config: RetroConfig | None = None,
-                 method: str = "retrolm", retriever: PageRetriever | None = None, chat: bool | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        config: RetroConfig | None = None,
+        method: str = "retrolm",
+        retriever: PageRetriever | None = None,
+        chat: bool | None = None,
+    ) -> None:
         self.config = config or RetroConfig()
         self.tokenizer = tokenizer
         self.method = METHODS.get(method)()
@@ -71,9 +79,18 @@ class RetroLM:
             retriever.to(self.backbone.device)
 
     @classmethod
-    def from_pretrained(cls, model: str | Path, *, retriever: str | Path | None = "auto", method: str = "retrolm",
-                        dtype: str | torch.dtype = "auto", device_map: Any = None, chat: bool | None = None,
-                        model_options: dict[str, Any] | None = None, **options: Any) -> RetroLM:
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        retriever: str | Path | None = "auto",
+        method: str = "retrolm",
+        dtype: str | torch.dtype = "auto",
+        device_map: Any = None,
+        chat: bool | None = None,
+        model_options: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> RetroLM:
         """Load a stock model and attach to it.
 
         Args:
@@ -234,8 +251,9 @@ class RetroLM:
 
     # --- asking ---------------------------------------------------------------------------------------------
 
-    def ask_batch(self, pairs: Sequence[tuple[Document, str]], *, max_new_tokens: int = 64, raw: bool = False,
-                  **options: Any) -> list[Answer]:
+    def ask_batch(
+        self, pairs: Sequence[tuple[Document, str]], *, max_new_tokens: int = 64, raw: bool = False, **options: Any
+    ) -> list[Answer]:
         """Answer several (document, question) pairs at once; the same as one at a time.
 
         Documents that were read together are answered in one batch; others one after the other.
@@ -256,15 +274,23 @@ class RetroLM:
                 answers[i] = self._answer(document, query, max_new_tokens)
         return [answers[i] for i in range(len(pairs))]
 
-    def turn(self, document: Document, table: PageTable, question: str, follow_up: bool, *, max_new_tokens: int,
-             raw: bool = False, **options: Any) -> tuple[Answer, PageTable, Tensor]:
+    def turn(
+        self,
+        document: Document,
+        table: PageTable,
+        question: str,
+        follow_up: bool,
+        *,
+        max_new_tokens: int,
+        raw: bool = False,
+        **options: Any,
+    ) -> tuple[Answer, PageTable, Tensor]:
         """One turn of a conversation: the answer, the table with the turn's pages, and those pages' numbers."""
         encoder = document.encoder
         query = Query(table, self.question_ids(question, raw, follow_up))
         (held,) = self._generator(encoder).run([query], max_new_tokens, options)
         answer = self._answer(document, query, max_new_tokens)
-        done = sum(len(query.tokens[i : i + 1]) for i in range(0, len(query.tokens)))
-        lengths = page_lengths(done, self.config.page_size)
+        lengths = page_lengths(len(query.tokens), self.config.page_size)
         table = query.table.extended(held[-len(lengths) :], torch.tensor(lengths))
         rest = self._unencoded(query)
         if rest:
@@ -280,15 +306,18 @@ class RetroLM:
         start = (max(len(query.generated) - 1, 0) // every) * every if every else 0
         return [token for token in query.generated[start:] if token not in self.eos_ids]
 
-    def stream(self, document: Document, question: str, *, max_new_tokens: int, raw: bool = False,
-               **options: Any) -> Iterator[str]:
+    def stream(
+        self, document: Document, question: str, *, max_new_tokens: int, raw: bool = False, **options: Any
+    ) -> Iterator[str]:
         """Yield the answer's text as it is generated; errors of the generating thread are raised here."""
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failed: list[BaseException] = []
 
         def work() -> None:
             try:
-                self.ask_batch([(document, question)], max_new_tokens=max_new_tokens, raw=raw, streamer=streamer, **options)
+                self.ask_batch(
+                    [(document, question)], max_new_tokens=max_new_tokens, raw=raw, streamer=streamer, **options
+                )
             except BaseException as error:
                 failed.append(error)
                 streamer.end()
@@ -310,8 +339,9 @@ class RetroLM:
             encoder.parts.store.release(ids)
         return self._retrieval(document, document.table, encoded.captures[0].choices)
 
-    def generate(self, input_ids: Tensor, *, attention_mask: Tensor | None = None, max_new_tokens: int = 64,
-                 **options: Any) -> Tensor:
+    def generate(
+        self, input_ids: Tensor, *, attention_mask: Tensor | None = None, max_new_tokens: int = 64, **options: Any
+    ) -> Tensor:
         """Continue any prompt, as transformers' `generate` does; the last page acts as the query (D11 a).
 
         Args:
@@ -414,13 +444,15 @@ def _load(folder: str, dtype: Any, device_map: Any, model_options: dict[str, Any
 
     try:
         check_family(AutoConfig.from_pretrained(folder).get_text_config())
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device_map, **model_options)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device_map, **model_options)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"Can't load the model {folder!r}: {reason} Give a folder, a Hugging Face id or a demo name.") from None
+        raise UserError(
+            f"Can't load the model {folder!r}: {reason} Give a folder, a Hugging Face id or a demo name."
+        ) from None
     if device_map is None and torch.cuda.is_available():
         model = model.to("cuda")
     return model.eval(), tokenizer

@@ -17,6 +17,7 @@ from ..config import RetroConfig
 from ..methods import METHODS, PageMethod, PageTensors, choose_pages
 from ..ops.attention import attend
 from ..ops.rotary import rotate, unscaled
+from ..paging import PageTable
 from ..retriever import PageRetriever
 from ..store import DigestIndex, PageStore
 from .backbone import Backbone

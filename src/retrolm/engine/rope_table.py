@@ -24,8 +24,15 @@ class RopeTable:
         anchor: position that decides the frequency set. limit: positions allowed, or None for any.
     """
 
-    def __init__(self, rotary: nn.Module, layer_type: str | None, dtype: torch.dtype, device: torch.device,
-                 anchor: int, limit: int | None) -> None:
+    def __init__(
+        self,
+        rotary: nn.Module,
+        layer_type: str | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        anchor: int,
+        limit: int | None,
+    ) -> None:
         self._rotary = rotary
         self._layer_type = layer_type
         self._like = torch.zeros(1, dtype=dtype, device=device)

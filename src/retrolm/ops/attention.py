@@ -6,9 +6,9 @@ Shape letters: N pages, Q query tokens, T key tokens, H query heads, K KV heads,
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
 
 
 def attend_reference(
@@ -72,7 +72,7 @@ def attend(
     K = k_NTKD.shape[2]
     q = q_NQHD.reshape(N, Q, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(N, K, (H // K) * Q, D)
     mask = None if bias_NQT is None else bias_NQT.repeat(1, H // K, 1).unsqueeze(1)
-    out = F.scaled_dot_product_attention(q, k_NTKD.transpose(1, 2), v_NTKD.transpose(1, 2), attn_mask=mask, scale=scale)
+    out = scaled_dot_product_attention(q, k_NTKD.transpose(1, 2), v_NTKD.transpose(1, 2), attn_mask=mask, scale=scale)
     return out.reshape(N, K, H // K, Q, D).permute(0, 3, 1, 2, 4).reshape(N, Q, H, D)
 
 
@@ -84,7 +84,7 @@ def bias_from(allowed_NQT: Tensor, dtype: torch.dtype) -> Tensor:
 def _attend_causal(q_NQHD: Tensor, k_NTKD: Tensor, v_NTKD: Tensor, scale: float) -> Tensor:
     mask = causal_lower_right(q_NQHD.shape[1], k_NTKD.shape[1])
     q, k, v = (x.transpose(1, 2) for x in (q_NQHD, k_NTKD, v_NTKD))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2)
 
 
