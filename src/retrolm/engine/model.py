@@ -429,9 +429,13 @@ class RetroLM:
         return tuple(document.page_use(page, len(by) / len(scoring), tuple(by)) for page, by in ranked)
 
     def _bookmark_row(self) -> Tensor:
-        """The bookmark embedding [hidden]: trained, or a copy of the end-of-sequence row (D18)."""
+        """The bookmark embedding [hidden], trained or not."""
         if self.retriever is not None:
             return self.retriever.embedding.detach()
+        return self.untrained_bookmark()
+
+    def untrained_bookmark(self) -> Tensor:
+        """Bookmark embedding [hidden] without training: the end-of-sequence row (D18)."""
         return self.backbone.embed(torch.tensor([self.eos_ids[0]]))[0].detach()
 
     def _wait(self) -> None:

@@ -8,13 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import UserError
+from ...metrics.gold_pages import evidence_pages
 
 IntArray = NDArray[np.int64]
 TokenArray = NDArray[np.int32]
 Span = tuple[int, int]
-
-MIN_OVERLAP_TOKENS = 8
-MIN_OVERLAP_SHARE = 0.25
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,34 +42,15 @@ class Stage1Sample:
 def page_labels(sample: Stage1Sample, page_size: int) -> tuple[IntArray, IntArray]:
     """Return (positives, masked): ascending indices of text pages, page 0 being the first page of `input_ids`.
 
-    A page is positive for a span if it overlaps it by at least `max(8, 25% of the span)` tokens, where a span counts
-    as at most two pages long, so that every page well inside a long span is positive; the page of the largest overlap
-    always is. Masked are pages that touch a positive span less than that, or touch a masked span. The two sets are
-    disjoint. Spec D15 (b). Raises `UserError` if `page_size` < 1.
+    Positive are the pages that hold evidence (`evidence_pages`). Masked are pages that touch a positive span less
+    than that, or touch a masked span. The two sets are disjoint. Spec D15 (b). Raises `UserError` if
+    `page_size` < 1.
     """
     if page_size < 1:
         raise UserError(f"page_size must be at least 1, got {page_size}.")
-    positives: set[int] = set()
-    touched: set[int] = set()
-    for span in sample.positive_spans:
-        overlaps = _overlaps(span, page_size)
-        touched.update(overlaps)
-        needed = _needed_overlap(span, page_size, max(overlaps.values(), default=0))
-        positives.update(page for page, overlap in overlaps.items() if overlap >= needed)
-    for span in sample.masked_spans:
-        touched.update(_overlaps(span, page_size))
+    positives, touched = evidence_pages(sample.positive_spans, page_size)
+    touched |= evidence_pages(sample.masked_spans, page_size)[1]
     return _ascending(positives), _ascending(touched - positives)
-
-
-def _overlaps(span: Span, page_size: int) -> dict[int, int]:
-    start, end = span
-    pages = range(start // page_size, -(-end // page_size)) if end > start else range(0)
-    return {page: min(end, (page + 1) * page_size) - max(start, page * page_size) for page in pages}
-
-
-def _needed_overlap(span: Span, page_size: int, largest: int) -> float:
-    counted_length = min(span[1] - span[0], 2 * page_size)
-    return min(max(MIN_OVERLAP_TOKENS, MIN_OVERLAP_SHARE * counted_length), largest)
 
 
 def _ascending(pages: set[int]) -> IntArray:
