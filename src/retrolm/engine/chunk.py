@@ -88,7 +88,7 @@ def text_group(
 ) -> PageGroup:
     """Group of text pages `first`, `first + 1`, … of `table`; `window` is the widest sliding window kept (tokens)."""
     ordinals = range(first, first + len(tokens))
-    room = [room_for_past(table, n, table.page_size, config.kv_budget, config.strict_budget) for n in ordinals]
+    room = [room_for_past(table, n, int(table.lengths[n]), config.kv_budget, config.strict_budget) for n in ordinals]
     own = slice(first, first + len(tokens))
     return PageGroup(
         table=table,
