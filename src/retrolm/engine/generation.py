@@ -39,7 +39,7 @@ class Query:
     tpot_s: float = 0.0
 
 
-class _FirstToken(LogitsProcessor):
+class FirstToken(LogitsProcessor):
     """Notes when the first token's logits are there."""
 
     def __init__(self) -> None:
@@ -148,7 +148,7 @@ class Generator:
         for row, query in zip(input_ids, queries, strict=True):
             kept = query.tokens[-(room + 1) :]
             row[-len(kept) :] = torch.tensor(kept)
-        first, program = _FirstToken(), DecodeProgram(backbone, starts)
+        first, program = FirstToken(), DecodeProgram(backbone, starts)
         processors = LogitsProcessorList([first, *options.get("logits_processor", [])])
         with self._encoder.attachment.run(program):
             out = backbone.model.generate(
