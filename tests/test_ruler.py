@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retrolm.errors import UserError
+from retrolm.evaluation.tasks.fit import largest_fitting
+from retrolm.evaluation.tasks.generator import split_template
 from retrolm.evaluation.tasks.prompt import TokenCounter, render
 from retrolm.evaluation.tasks.ruler import RulerTask, ruler_tasks
-from retrolm.evaluation.tasks.ruler.draft import split_template
-from retrolm.evaluation.tasks.ruler.fit import largest_fitting
 from retrolm.evaluation.tasks.ruler.haystack import Essay
 from retrolm.evaluation.tasks.ruler.needles import (
     DEPTHS,

@@ -25,12 +25,14 @@ class Task(ABC):
         name: full name, "family/task".
         max_new_tokens: the benchmark's limit on generated tokens.
         metric: name of the score, for tables.
+        chat: whether prompts go into the model's chat template as one user turn.
         options: names of the fields that `get_task` lets a user set.
     """
 
     name: str
     max_new_tokens: int
     metric: str
+    chat: bool = True
     options: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod

@@ -10,7 +10,7 @@ from typing import Any
 
 from ....errors import UserError
 from ..files import Source, find_file, read_json, read_rows
-from .draft import Draft, split_template
+from ..generator import Draft, Generator, split_template
 
 TEMPLATE = (
     "Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\n"
@@ -62,21 +62,17 @@ class QuestionSet:
     source: str
 
 
-class DocumentGenerator:
+class DocumentGenerator(Generator):
     """Shows the gold documents among `size` documents; others repeat only when the pool is used up."""
+
+    step = 10
 
     def __init__(self, questions: QuestionSet) -> None:
         self._set = questions
 
-    @property
-    def num_questions(self) -> int:
-        """How many samples can be made."""
+    def num_samples(self) -> int:
+        """See `Generator`: as many as questions."""
         return len(self._set.questions)
-
-    @property
-    def step(self) -> int:
-        """See `Generator`."""
-        return 10
 
     def smallest(self, index: int) -> int:
         """See `Generator`: the gold documents."""

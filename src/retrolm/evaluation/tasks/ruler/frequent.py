@@ -7,7 +7,7 @@ import random
 import string
 from typing import Any
 
-from .draft import Draft, split_template
+from ..generator import Draft, Generator, split_template
 from .wordlists import all_words, compound, fingerprint
 
 COMMON_TEMPLATE = (
@@ -27,17 +27,14 @@ NUM_COMMON = 10
 WORD_LENGTH = 6
 
 
-class CommonWordsGenerator:
+class CommonWordsGenerator(Generator):
     """Ten words 30 times each among `size` - 10 words 3 times each, after a worked example (fewer under 4K)."""
+
+    step = 10
 
     def __init__(self, length: int) -> None:
         self._repeats = (6, 1) if length < 4096 else (30, 3)
         self._example = (20, 3, 1) if length < 4096 else (40, 10, 3)
-
-    @property
-    def step(self) -> int:
-        """See `Generator`."""
-        return 10
 
     def smallest(self, index: int) -> int:
         """See `Generator`: the common words and one more."""
@@ -81,17 +78,12 @@ def _draw_words(num_words: int, rng: random.Random) -> list[str]:
     return rng.sample(list(words), num_words)
 
 
-class CodedWordsGenerator:
+class CodedWordsGenerator(Generator):
     """About `size` random six-letter words, their numbers falling with the square of the rank; rank 1 is dots."""
 
     def __init__(self, length: int) -> None:
         self._vocabulary = max(length // 50, 4)
-        self._step = max(length // 32, 1)
-
-    @property
-    def step(self) -> int:
-        """See `Generator`."""
-        return self._step
+        self.step = max(length // 32, 1)
 
     def smallest(self, index: int) -> int:
         """See `Generator`: the fourth rank still occurs once."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from .draft import Draft, find_spans, split_template
+from ..generator import Draft, Generator, find_spans, split_template
 from .haystack import Essay
 from .wordlists import compound, fingerprint
 
@@ -74,19 +74,14 @@ def _singular(text: str) -> str:
     return text
 
 
-class NeedleGenerator:
+class NeedleGenerator(Generator):
     """Hides needles; a unit is a word (essay) or a line (noise and needle haystacks)."""
 
     def __init__(self, config: NeedleConfig, length: int, essay: Essay | None = None) -> None:
         self._config = config
         self._essay = essay
         small = length < 4096 and config.haystack != "essay"
-        self._step = 500 if config.haystack == "essay" else 5 if small else 25
-
-    @property
-    def step(self) -> int:
-        """See `Generator`."""
-        return self._step
+        self.step = 500 if config.haystack == "essay" else 5 if small else 25
 
     @cached_property
     def _num_needles(self) -> int:

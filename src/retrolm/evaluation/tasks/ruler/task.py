@@ -5,24 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ....errors import UserError
 from ....metrics import clean_prediction, string_match_all, string_match_part
-from ..cache import cached
-from ..prompt import Tokenizer, fingerprint
+from ..generated import GeneratedTask
+from ..generator import Generator
+from ..prompt import Tokenizer
 from ..sample import EvalSample
-from ..task import Task, check_num_samples
 from .documents import DocumentGenerator, load_hotpot, load_squad
-from .draft import Generator
-from .fit import Fitter
 from .frequent import CodedWordsGenerator, CommonWordsGenerator
 from .haystack import load_essay
 from .needles import NEEDLE_TASKS, NeedleGenerator
 from .tracking import TrackingGenerator
 
-FORMAT = 1
-DEFAULT_SAMPLES = 500
 MAX_NEW_TOKENS = {"vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32, "qa_2": 32} | dict.fromkeys(NEEDLE_TASKS, 128)
 METRICS: dict[str, Callable[[str, list[str]], float]] = {
     "string_match_all": string_match_all,
@@ -31,8 +27,8 @@ METRICS: dict[str, Callable[[str, list[str]], float]] = {
 
 
 @dataclass(frozen=True)
-class RulerTask(Task):
-    """One RULER task. `length` counts prompt, chat template, answer prefix and the tokens kept for the answer.
+class RulerTask(GeneratedTask):
+    """One RULER task; it has 500 samples, or as many as the qa file has questions.
 
     Attributes:
         essays: file or folder of running text for the essay haystack; `None` = the data folder's.
@@ -40,63 +36,16 @@ class RulerTask(Task):
         hotpot_file: HotpotQA distractor file for qa_2; `None` = the data folder's.
     """
 
+    default_samples: int | None = 500
     essays: Path | str | None = None
     squad_file: Path | str | None = None
     hotpot_file: Path | str | None = None
     options: ClassVar[tuple[str, ...]] = ("essays", "squad_file", "hotpot_file")
 
-    def samples(
-        self,
-        tokenizer: Tokenizer,
-        length: int | None = None,
-        num_samples: int | None = None,
-        seed: int = 42,
-        data_dir: Path | str | None = None,
-        cache_dir: Path | str | None = None,
-    ) -> list[EvalSample]:
-        """See `Task.samples`. All = 500 samples (for qa: at most as many as the file has questions)."""
-        check_num_samples(num_samples)
+    def generator(self, tokenizer: Tokenizer, length: int | None, seed: int, data_dir: Path | str | None) -> Generator:
+        """See `GeneratedTask.generator`; `length` must be given."""
         if length is None:
-            raise UserError(f"{self.name} is generated to a length: pass lengths in tokens, such as 4096.")
-        generator = self._generator(tokenizer, length, data_dir)
-        key = {
-            "format": FORMAT,
-            "task": self.name,
-            "length": length,
-            "num_samples": num_samples,
-            "seed": seed,
-            "tokenizer": fingerprint(tokenizer),
-            **generator.facts(),
-        }
-        name = f"{self.name}_{length}_{num_samples or DEFAULT_SAMPLES}"
-        return cached(cache_dir, name, key, lambda: self._make(generator, tokenizer, length, num_samples, seed))
-
-    def _make(
-        self, generator: Generator, tokenizer: Tokenizer, length: int, num_samples: int | None, seed: int
-    ) -> list[EvalSample]:
-        fitter = Fitter(generator, tokenizer, length, self.max_new_tokens, f"{seed}/{self.name}/{length}")
-        size = fitter.size()
-        count = num_samples or DEFAULT_SAMPLES
-        if isinstance(generator, DocumentGenerator):
-            count = min(count, generator.num_questions)
-        return [self._sample(fitter, index, size, length) for index in range(count)]
-
-    def _sample(self, fitter: Fitter, index: int, size: int, length: int) -> EvalSample:
-        draft, num_tokens = fitter.sample(index, size)
-        extra: dict[str, Any] = {"gold_spans": [list(span) for span in draft.gold_spans], "num_tokens": num_tokens}
-        return EvalSample(
-            sample_id=str(index),
-            task=self.name,
-            length=length,
-            context=draft.context,
-            question=draft.question,
-            answers=draft.answers,
-            max_new_tokens=self.max_new_tokens,
-            answer_prefix=draft.answer_prefix,
-            extra=extra | draft.extra,
-        )
-
-    def _generator(self, tokenizer: Tokenizer, length: int, data_dir: Path | str | None) -> Generator:
+            raise UserError(f"{self.name} is generated to a length: ask for one in tokens, such as 4096.")
         task = self.name.removeprefix("ruler/")
         if task in NEEDLE_TASKS:
             config = NEEDLE_TASKS[task]

@@ -7,9 +7,9 @@ import random
 import string
 from typing import Any
 
+from ..fit import largest_fitting
+from ..generator import Draft, Generator, find_spans, split_template
 from ..prompt import TokenCounter, Tokenizer
-from .draft import Draft, find_spans, split_template
-from .fit import largest_fitting
 from .needles import NOISE
 
 TEMPLATE = (
@@ -25,16 +25,13 @@ EXAMPLE_TOKENS = 500
 EXAMPLE_STEP = 5
 
 
-class TrackingGenerator:
+class TrackingGenerator(Generator):
     """One chain of five variables among `size` lines of noise; the example has three-letter names."""
+
+    step = 10
 
     def __init__(self, tokenizer: Tokenizer, max_new_tokens: int) -> None:
         self._example_size = _example_size(tokenizer, EXAMPLE_TOKENS - max_new_tokens)
-
-    @property
-    def step(self) -> int:
-        """See `Generator`."""
-        return 10
 
     def smallest(self, index: int) -> int:
         """See `Generator`: one line for each assignment."""

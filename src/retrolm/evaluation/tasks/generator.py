@@ -1,11 +1,12 @@
-"""What a RULER generator makes, before it is known to fit the length."""
+"""Samples that are made, not loaded: drafts of any size, before it is known what fits a length."""
 
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 
 @dataclass
@@ -20,21 +21,41 @@ class Draft:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-class Generator(Protocol):
-    """Makes drafts of a wanted size, counted in the task's own units (words, lines, documents)."""
+class Generator(ABC):
+    """Makes drafts of a wanted size, counted in units of its own (words, lines, documents).
 
-    @property
-    def step(self) -> int:
-        """Units that a sample loses when it turns out too long (the benchmark's `incremental`)."""
+    Attributes:
+        step: units that a sample loses when it turns out too long.
+        fit_each: fit every sample by itself; else all start from the size that fits sample 0, as RULER does. Samples
+            that can't be made short enough are then left out instead of refused.
+    """
 
-    def smallest(self, index: int) -> int:
-        """Fewest units that sample `index` can be made of."""
+    step: int = 1
+    fit_each: ClassVar[bool] = False
 
+    @abstractmethod
     def draft(self, size: int, index: int, rng: random.Random) -> Draft:
         """Make sample `index` with `size` units, drawing everything random from `rng`."""
 
+    @abstractmethod
     def facts(self) -> dict[str, Any]:
         """What the drafts depend on besides size, index and seed, as JSON values (for the cache)."""
+
+    def num_samples(self) -> int | None:
+        """How many different samples there are; `None` = any number."""
+        return None
+
+    def smallest(self, index: int) -> int:
+        """Fewest units that sample `index` can be made of."""
+        return 0
+
+    def largest(self, index: int) -> int | None:
+        """Most units there are for sample `index`; `None` = no limit."""
+        return None
+
+    def natural_size(self, index: int) -> int | None:
+        """Units of the sample when no length is asked for; `None` = it has no natural length."""
+        return None
 
 
 def split_template(template: str, text: str, **values: object) -> tuple[str, str]:
