@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ...errors import UserError
 from .config import PASSAGE_QUERY_KINDS, SourceConfig, Stage1DataConfig
 from .hub import read_hub_pairs
 from .mining import BM25Miner
@@ -54,7 +55,7 @@ def is_held_out(key: int, fraction: float) -> bool:
 def collect(config: Stage1DataConfig, data_root: Path) -> Collection:
     """Read all pair sources of a config. Raises `UserError` for missing, unreadable or all-bad sources."""
     found = Collection()
-    evaluation = EvaluationTexts(text for name in config.exclude for text in file_texts(data_root / name))
+    evaluation = EvaluationTexts(text for path in _excluded(config, data_root) for text in file_texts(path))
     for source in config.sources:
         if not source.is_documents:
             counts = found.counts.setdefault(source.name, RowCounts())
@@ -64,6 +65,16 @@ def collect(config: Stage1DataConfig, data_root: Path) -> Collection:
     made = _made_questions(config, found)
     _mine(config, found.passages, [*found.rows, *made])
     found.rows += [row for row in made if row.negatives]
+    return found
+
+
+def _excluded(config: Stage1DataConfig, data_root: Path) -> list[Path]:
+    found = []
+    for pattern in config.exclude:
+        paths = sorted(data_root.glob(pattern))
+        if not paths:
+            raise UserError(f"No file matches {pattern!r} under {data_root}, so nothing could be kept out of training.")
+        found += paths
     return found
 
 

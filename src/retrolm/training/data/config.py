@@ -62,7 +62,7 @@ class Stage1DataConfig:
         weights: mixture part -> relative weight. Parts are the sources of question rows, the kinds of questions made
             from passages (`PASSAGE_QUERY_KINDS`) and the synthetic kinds (`SYNTHETIC_KINDS`).
         seed: all samples are a pure function of (seed, index).
-        exclude: evaluation files (relative to the data root, any text, JSON or JSON lines): passages that share 13
+        exclude: evaluation files (globs relative to the data root; text, JSON or JSON lines): passages that share 13
             words in a row with them, and questions that equal one of theirs, are left out.
         min_tokens, max_tokens: the texts' lengths, drawn log-uniformly.
         length_group: so many consecutive samples share a length, so that batches are even.

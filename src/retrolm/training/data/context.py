@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from .config import PASSAGE_QUERY_KINDS, SYNTHETIC_KINDS, Stage1DataConfig
 from .encoder import TextEncoder
 from .frames import Frame
-from .pieces import Piece, Role, cut_to_length, join, total_length
+from .pieces import Piece, Role, cut_to_length, drop_surplus, join, total_length
 from .pool import TokenPool
 from .sample import Span, Stage1Sample, TokenArray
 
@@ -38,7 +38,7 @@ class BuildContext:
     @cached_property
     def passages_by_source(self) -> list[NDArray[np.int64]]:
         """Passage indices, one array per source that has any."""
-        source = np.asarray(self.pool.arrays["passage_source"])
+        source = self.pool.arrays["passage_source"]
         return [np.flatnonzero(source == number) for number in np.unique(source)]
 
     @cached_property
@@ -105,7 +105,8 @@ class BuildContext:
     ) -> Stage1Sample:
         """Put a frame around pieces in their final order and cut the fillers so that the text has `num_tokens`."""
         instruction = Piece(self.encoder.encode_repeated(frame.instruction), Role.FILLER)
-        body = cut_to_length(pieces, num_tokens - len(instruction), rng)
+        room = num_tokens - len(instruction)
+        body = cut_to_length(drop_surplus(pieces, room, rng), room, rng)
         ids, evidence, masked = _behind(instruction.ids, *join(body))
         return Stage1Sample(
             input_ids=ids,

@@ -1,4 +1,4 @@
-"""Text to token ids, and the parts of the chat template around a user's text."""
+"""Text to token ids: passages and facts piece by piece, question pages closed by the chat template's tail."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from ...engine.prompts import prompt_format
 from ...errors import UserError
 from .sample import Span, TokenArray
 
-_MARK = "\u241fuser text\u241f"
 _CACHED_STRINGS = 4096
 
 
@@ -32,8 +32,8 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self._backend = backend
         self._cached = lru_cache(_CACHED_STRINGS)(self.encode)
-        head, self.tail_text = template_parts(tokenizer)
-        self.prefix_ids = self.encode(head)
+        self._format = prompt_format(tokenizer)
+        self.prefix_ids = np.array(self._format.prefix_ids, dtype=np.int32)
 
     def encode(self, text: str) -> TokenArray:
         """Return the ids of a text, int32 [T]."""
@@ -62,29 +62,13 @@ class TextEncoder:
 
         `answer_prefix` is the beginning of the model's answer, where a prompt gives one.
         """
-        return self.encode(question + self.tail_text + answer_prefix)
+        return self.encode(question + self._format.tail + answer_prefix)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"tokenizer": self.tokenizer}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["tokenizer"])  # type: ignore[misc]
-
-
-def template_parts(tokenizer: Any) -> tuple[str, str]:
-    """Return (head, tail) of one user turn: what the chat template puts before and behind the user's text.
-
-    Without a chat template the head is the BOS token (if there is one) and the tail is empty. Raises `UserError` if
-    the template doesn't reproduce the user's text.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        return tokenizer.bos_token or "", ""
-    turns = [{"role": "user", "content": _MARK}]
-    rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    head, found, tail = rendered.partition(_MARK)
-    if not found:
-        raise UserError("The chat template changes the user's text, so the text can't be paged. Use another template.")
-    return head, tail
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -22,6 +22,7 @@ _SEVERAL_VALUES_SHARE = 0.1
 _SEVERAL_KEYS_SHARE = 0.12
 _REVERSE_SHARE = 0.12
 _ANSWER_PREFIX_SHARE = 0.35
+_TRIAL_LINES = 16
 _PLENTIFUL_KINDS = ("number", "uuid", "hex", "plate", "word_pair", "person")  # enough of them for long lists
 
 
@@ -135,9 +136,9 @@ def _list_of_facts(
     kinds = _plentiful(rng, wording.key_kinds), _plentiful(rng, wording.value_kinds)
     gap = rng.choice(("\n", "\n", "\n", "\n\n", " "))
     room = context.room(frame, (), num_tokens)
-    trial = quiz_on(rng, wording, random_facts(rng, 8, *kinds))
-    tokens_per_line = len(context.encoder.encode(gap.join(trial.statements))) / len(trial.statements)
-    quiz = quiz_on(rng, wording, random_facts(rng, max(1, int(1.05 * room / tokens_per_line)), *kinds))
+    trial = quiz_on(rng, wording, random_facts(rng, _TRIAL_LINES, *kinds))
+    tokens_per_line = len(context.encoder.encode(gap.join(trial.statements))) / _TRIAL_LINES
+    quiz = quiz_on(rng, wording, random_facts(rng, int(1.15 * room / tokens_per_line) + 2, *kinds))
     lines = context.encoder.encode_batch([statement + gap for statement in quiz.statements])
     pieces = [
         Piece(np.array(ids, dtype=np.int32), Role.EVIDENCE if wanted else Role.FILLER)

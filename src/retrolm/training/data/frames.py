@@ -1,13 +1,15 @@
 """The words around a sample: an instruction in front of the text and a frame around the question.
 
-The paper's own format (Fig 5 and 6) is the first; the others keep the retriever from depending on it. None shares
-four words in a row with an evaluation prompt.
+The paper's own format (Fig 5 and 6) and the engine's own question template come first; the others keep the retriever
+from depending on them. None of the others shares four words in a row with an evaluation prompt.
 """
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+
+from ...engine.prompts import QUESTION_TEMPLATE
 
 PAPER_INSTRUCTION = "Read the following text and find key information for the question.\n"
 PAPER_QUESTION = "\nNow, find key information for the question.\nQuestion: {question}"
@@ -22,6 +24,8 @@ class Frame:
 
 
 PAPER_FRAME = Frame(PAPER_INSTRUCTION, PAPER_QUESTION)
+ENGINE_SHARE = 0.3  # of the samples not in the paper's format
+ENGINE_FRAME = Frame("", QUESTION_TEMPLATE)
 OTHER_FRAMES = (
     Frame("", "\n\n{question}"),
     Frame("", "\n\nQuestion: {question}"),
@@ -40,5 +44,7 @@ OTHER_FRAMES = (
 
 
 def draw_frame(rng: random.Random, paper_share: float) -> Frame:
-    """Draw the paper's frame with this probability, else one of the others."""
-    return PAPER_FRAME if rng.random() < paper_share else rng.choice(OTHER_FRAMES)
+    """Draw the paper's frame with this probability, else the engine's or one of the others."""
+    if rng.random() < paper_share:
+        return PAPER_FRAME
+    return ENGINE_FRAME if rng.random() < ENGINE_SHARE else rng.choice(OTHER_FRAMES)

@@ -11,7 +11,7 @@ import numpy as np
 from .context import BuildContext
 from .excerpt import Excerpt
 from .frames import draw_frame
-from .pieces import Piece, Role, cut_to_length
+from .pieces import Piece, Role, drop_surplus
 from .pool import QuestionRow
 from .sample import Span, Stage1Sample
 from .turns import Dialogue
@@ -75,7 +75,9 @@ def _pack(
     frame = draw_frame(rng, context.config.paper_format)
     pieces = _evidence(context, rows, style, num_tokens, rng)
     pieces += _fillers(context, rows, style, context.room(frame, pieces, num_tokens), rng)
-    pieces = cut_to_length(pieces, num_tokens - _lead_tokens(context, len(pieces), style), rng)
+    lead = len(context.encoder.encode_repeated(style.gap + style.heading.format(n=1)))
+    # What is left has to be cut a little, but nothing dropped, so that numbers run on. The first piece has no gap.
+    pieces = drop_surplus(pieces, context.room(frame, (), num_tokens) + lead, rng, lead)
     rng.shuffle(pieces)
     return context.finish(frame, _headed(context, pieces, style), question, source, num_tokens, rng)
 
@@ -159,11 +161,6 @@ def _random_passages(
 def _filler(context: BuildContext, index: int, style: PackingStyle, rng: random.Random) -> Piece:
     excerpt = Excerpt.passage(context.pool, index).anywhere(context.config.max_passage_tokens, rng)
     return _set(context, index, excerpt, style, Role.FILLER, rng)
-
-
-def _lead_tokens(context: BuildContext, num_pieces: int, style: PackingStyle) -> int:
-    """Tokens to keep for headings, so that cutting afterwards drops no passage and numbers run on."""
-    return num_pieces * len(context.encoder.encode_repeated(style.gap + style.heading.format(n=1)))
 
 
 def _headed(context: BuildContext, pieces: Sequence[Piece], style: PackingStyle) -> list[Piece]:

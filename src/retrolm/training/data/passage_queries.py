@@ -114,8 +114,9 @@ def _sentence(passage: Passage, common: frozenset[str], rng: random.Random) -> P
     if not spans:
         return None
     start, end = rng.choice(spans)
-    is_only = end - start > 0.6 * len(passage.text)
-    return PassageQuery("sentences", passage.text[start:end].strip(), None if is_only else (start, end))
+    sentence = passage.text[start:end].rstrip()
+    is_only = len(sentence) > 0.6 * len(passage.text)
+    return PassageQuery("sentences", sentence, None if is_only else (start, start + len(sentence)))
 
 
 def _cloze(passage: Passage, common: frozenset[str], rng: random.Random) -> PassageQuery | None:

@@ -54,6 +54,23 @@ def total_length(pieces: Sequence[Piece]) -> int:
     return sum(map(len, pieces))
 
 
+def drop_surplus(pieces: Sequence[Piece], num_tokens: int, rng: random.Random, tokens_per_lead: int = 0) -> list[Piece]:
+    """Drop fillers, in random order, as long as at least `num_tokens` tokens are left.
+
+    `tokens_per_lead` is what each piece will grow by when it gets its heading.
+    """
+    total = total_length(pieces) + tokens_per_lead * len(pieces)
+    order = list(range(len(pieces)))
+    rng.shuffle(order)
+    dropped: set[int] = set()
+    for index in order:
+        length = len(pieces[index]) + tokens_per_lead
+        if pieces[index].role is Role.FILLER and total - length >= num_tokens:
+            dropped.add(index)
+            total -= length
+    return [piece for index, piece in enumerate(pieces) if index not in dropped]
+
+
 def cut_to_length(pieces: Sequence[Piece], num_tokens: int, rng: random.Random) -> list[Piece]:
     """Drop fillers at random, then shorten one, until all pieces together have at most `num_tokens` tokens.
 

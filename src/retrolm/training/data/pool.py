@@ -78,11 +78,12 @@ class TokenPool:
             raise UserError(f"The pool {folder} was prepared for another tokenizer. Prepare it again for this model.")
         if verify:
             _check_hashes(folder, self.manifest["files"])
-        self.arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+        # A plain view of the mapped memory: slicing np.memmap itself is several times slower.
+        self.arrays = {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ARRAYS}
         self.queries: list[str] = json.loads(gzip.decompress((folder / "queries.json.gz").read_bytes()))
         self.common_words = frozenset(json.loads((folder / "common_words.json").read_text(encoding="utf-8")))
         self.source_names: list[str] = self.manifest["source_names"]
-        self._vocab = np.asarray(self.arrays["vocab"])
+        self._vocab = self.arrays["vocab"]
 
     @property
     def num_passages(self) -> int:
@@ -110,14 +111,12 @@ class TokenPool:
     def passage_sentences(self, index: int) -> list[int]:
         """Return the token offsets within a passage at which its sentences begin; the first is 0."""
         start, end = self._bounds("passage_offsets", index)
-        starts = self.arrays["passage_sentences"]
-        low, high = np.searchsorted(starts, (start, end))
-        return [0, *(int(offset) - start for offset in starts[low:high] if offset > start)]
+        inside = self._between("passage_sentences", start, end)
+        return [0, *(offset - start for offset in inside.tolist() if offset > start)]
 
     def book_sentences(self, book: int) -> NDArray[np.int64]:
         """Return the token offsets in the book stream at which the sentences of a book begin, int64, ascending."""
-        low, high = np.searchsorted(self.arrays["book_sentences"], self._bounds("book_offsets", book))
-        return np.asarray(self.arrays["book_sentences"][low:high], dtype=np.int64)
+        return self._between("book_sentences", *self._bounds("book_offsets", book))
 
     def book_tokens(self, start: int, end: int) -> TokenArray:
         """Return the ids of a stretch of the book stream, int32."""
@@ -140,16 +139,22 @@ class TokenPool:
         """Return the indices of the questions of a source in a split, int64, ascending."""
         if source not in self.source_names:
             return np.zeros(0, dtype=np.int64)
-        is_source = np.asarray(self.arrays["row_source"]) == self.source_names.index(source)
-        return np.flatnonzero(is_source & (np.asarray(self.arrays["row_split"]) == SPLITS[split]))
+        is_source = self.arrays["row_source"] == self.source_names.index(source)
+        return np.flatnonzero(is_source & (self.arrays["row_split"] == SPLITS[split]))
 
     def books_of(self, split: str) -> NDArray[np.int64]:
         """Return the indices of the books of a split, int64, ascending."""
-        return np.flatnonzero(np.asarray(self.arrays["book_split"]) == SPLITS[split])
+        return np.flatnonzero(self.arrays["book_split"] == SPLITS[split])
 
     def _bounds(self, name: str, index: int) -> tuple[int, int]:
         offsets = self.arrays[name]
         return int(offsets[index]), int(offsets[index + 1])
+
+    def _between(self, name: str, start: int, end: int) -> NDArray[np.int64]:
+        offsets = self.arrays[name]
+        bounds = np.array([start, end], dtype=offsets.dtype)  # another dtype would convert the whole array
+        low, high = np.searchsorted(offsets, bounds)
+        return np.asarray(offsets[low:high], dtype=np.int64)
 
     def _tokens(self, name: str, start: int, end: int) -> TokenArray:
         tokens: TokenArray = self._vocab[self.arrays[name][start:end]]

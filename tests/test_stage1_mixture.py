@@ -1,0 +1,102 @@
+"""The schedule of the mixture, lengths, and the settings that drive them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from retrolm.errors import UserError
+from retrolm.training.data import load_stage1_data_config, stage1_data_config
+from retrolm.training.data.mixture import CYCLE, Schedule, text_length
+from stage1_pool_maker import tiny_config
+
+WEIGHTS = st.dictionaries(st.sampled_from("abcdefgh"), st.floats(0.01, 100), min_size=1)
+RECIPES = sorted((Path(__file__).parent.parent / "configs" / "stage1").glob("*.toml"))
+
+
+@given(weights=WEIGHTS, seed=st.integers(0, 100))
+def test_shares_follow_the_weights(weights: dict[str, float], seed: int) -> None:
+    schedule = Schedule(weights, seed)
+    counts = Counter(schedule.part(index)[0] for index in range(sum(schedule.shares.values())))
+    total = sum(weights.values())
+    for part, weight in weights.items():
+        assert counts[part] == pytest.approx(max(1, CYCLE * weight / total), abs=1)
+
+
+@given(weights=WEIGHTS, start=st.integers(0, 5000))
+def test_occurrences_count_without_gaps(weights: dict[str, float], start: int) -> None:
+    schedule = Schedule(weights, 3)
+    seen: dict[str, int] = {}
+    for index in range(start, start + 300):
+        part, occurrence = schedule.part(index)
+        assert occurrence == seen.get(part, occurrence - 1) + 1
+        seen[part] = occurrence
+
+
+@given(count=st.integers(1, 50), epoch=st.integers(0, 20))
+def test_each_epoch_is_a_permutation(count: int, epoch: int) -> None:
+    schedule = Schedule({"a": 1}, 9)
+    rows = [schedule.item("a", epoch * count + place, count) for place in range(count)]
+    assert sorted(rows) == list(range(count))
+
+
+def test_lengths_are_grouped_and_log_uniform() -> None:
+    config = tiny_config(min_tokens=2048, max_tokens=16384, length_group=8)
+    lengths = [text_length(config, index) for index in range(8000)]
+    assert all(len(set(lengths[i : i + 8])) == 1 for i in range(0, 8000, 8))
+    assert min(lengths) >= 2048 and max(lengths) <= 16384
+    halves = Counter(length > 5793 for length in lengths)  # the geometric mean
+    assert 0.4 < halves[True] / 8000 < 0.6
+
+
+def test_curriculum_grows_to_the_longest() -> None:
+    config = tiny_config(min_tokens=1000, max_tokens=9000, length_group=1, length_curriculum=1000)
+    assert text_length(config, 0) == 1000
+    assert max(text_length(config, i) for i in range(400, 500)) <= 5000
+    assert max(text_length(config, i) for i in range(1000, 1400)) > 8000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"min_token": 3}, "Did you mean 'min_tokens'"),
+        ({"titles": 1.5}, "share between 0 and 1"),
+        ({"max_tokens": 100}, "below min_tokens"),
+        ({"weights": {}}, "at least one positive"),
+        ({"weights": {"a": -1.0, "b": 1.0}}, "no negative"),
+        ({"min_hard_negatives": 40}, "exceeds"),
+        ({"sources": []}, "names no source"),
+        ({"sources": [{"name": "a", "path": "b"}]}, "lacks: format"),
+        ({"sources": [{"name": "a", "path": "b", "format": "csv"}]}, "is not a choice"),
+        ({"sources": [{"name": "a", "path": "b", "format": "squad", "pth": 1}]}, "Unknown data option 'pth'"),
+        ({"length_group": 0}, "at least 1"),
+    ],
+)
+def test_settings_are_checked(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        tiny_config(**changes)
+
+
+def test_unreadable_recipes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Can't read the recipe"):
+        load_stage1_data_config(tmp_path / "none.toml")
+    (tmp_path / "empty.toml").write_text("[train]\n")
+    with pytest.raises(UserError, match=r"no \[data\] table"):
+        load_stage1_data_config(tmp_path / "empty.toml")
+
+
+def test_committed_recipes_load() -> None:
+    assert len(RECIPES) >= 2
+    for path in RECIPES:
+        config = load_stage1_data_config(path)
+        assert config.exclude, f"{path.name} keeps no evaluation set out of training"
+        assert all("covidqa" in source.drop for source in config.sources if source.name == "stage1_pairs")
+
+
+def test_a_list_in_toml_becomes_a_tuple() -> None:
+    source = {"name": "a", "path": "b", "format": "squad", "drop": ["x"]}
+    assert stage1_data_config({"sources": [source], "weights": {"a": 1}}).sources[0].drop == ("x",)

@@ -1,0 +1,119 @@
+"""Training wordings keep away from evaluation wordings: never four words in a row in common."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+import random
+import re
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import retrolm.evaluation.tasks
+from retrolm.engine.prompts import QUESTION_TEMPLATE
+from retrolm.training.data import (
+    chains,
+    composed,
+    fact_wordings,
+    frames,
+    passage_queries,
+    question_rules,
+    quoted,
+    transcripts,
+    turns,
+)
+from retrolm.training.data.fact_wordings import draw_line_wording, draw_wording
+
+TRAINING_MODULES = (
+    chains,
+    composed,
+    fact_wordings,
+    frames,
+    passage_queries,
+    question_rules,
+    quoted,
+    transcripts,
+    turns,
+)
+SHARED_WORDS = 4
+NEEDLE = "One of the special magic numbers for {key} is: {value}."
+# Frames around a question, not wordings of facts or questions: the paper's own and the engine's own.
+FRAMES_OF_THE_PRODUCT = {frames.PAPER_INSTRUCTION, frames.PAPER_QUESTION, QUESTION_TEMPLATE}
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Yield all strings within constants: tuples, lists, dictionaries and dataclass instances."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from strings([*value.keys(), *value.values()])
+    elif isinstance(value, tuple | list | set | frozenset):
+        for item in value:
+            yield from strings(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from strings([getattr(value, entry.name) for entry in dataclasses.fields(value)])
+
+
+def wordings(module: ModuleType) -> Iterator[str]:
+    """Yield the strings among a module's constants."""
+    for name, value in vars(module).items():
+        if not name.startswith("__"):
+            yield from strings(value)
+
+
+def sequences(template: str) -> set[tuple[str, ...]]:
+    """Return all runs of four words of a template; places such as {key} break a run."""
+    found: set[tuple[str, ...]] = set()
+    for segment in re.split(r"\{[^}]*\}", template.lower()):
+        words = re.findall(r"[a-z0-9]+(?:'[a-z]+)?", segment)
+        found |= {tuple(words[i : i + SHARED_WORDS]) for i in range(len(words) - SHARED_WORDS + 1)}
+    return found
+
+
+def evaluation_templates() -> set[str]:
+    """Return the strings among the constants of all evaluation tasks."""
+    package = retrolm.evaluation.tasks
+    names = [info.name for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
+    found = {text for name in names for text in wordings(importlib.import_module(name))}
+    filled = {text.replace("{kind}", kind) for text in found for kind in ("numbers", "number", "words", "uuids")}
+    return (found | filled) - FRAMES_OF_THE_PRODUCT
+
+
+def training_templates() -> set[str]:
+    """Return the strings among the constants of the sample builders, and wordings with their attribute filled in."""
+    found = {text for module in TRAINING_MODULES for text in wordings(module)}
+    draws = (draw(random.Random(seed)) for seed in range(400) for draw in (draw_wording, draw_line_wording))
+    return (found | {text for wording in draws for text in strings(wording)}) - FRAMES_OF_THE_PRODUCT
+
+
+def test_no_training_template_shares_four_words_with_an_evaluation_template() -> None:
+    held_out = {run: text for text in evaluation_templates() for run in sequences(text)}
+    assert len(held_out) > 50
+    shared = [
+        (" ".join(run), text, held_out[run])
+        for text in sorted(training_templates())
+        for run in sequences(text)
+        if run in held_out
+    ]
+    assert not shared
+
+
+def test_the_needle_is_among_the_evaluation_templates() -> None:
+    assert sequences(NEEDLE) <= {run for text in evaluation_templates() for run in sequences(text)}
+
+
+def test_the_search_sees_all_training_wordings() -> None:
+    found = training_templates()
+    for text in ("The {attribute} of {key} is {value}.", "the mayor of {a}", "{a} And {b}", "who is {s} married to"):
+        assert text in found
+    assert len(found) > 250
+
+
+@pytest.mark.parametrize("wording", ["Note one of the special magic words here", "the special magic numbers of {key}"])
+def test_a_copied_wording_would_be_found(wording: str) -> None:
+    held_out = {run for text in evaluation_templates() for run in sequences(text)} | sequences(NEEDLE)
+    assert sequences(wording) & held_out
