@@ -30,7 +30,7 @@ def test_formats() -> None:
     assert uuid.UUID(GENERATORS["uuid"](rng)).version == 4
     assert re.fullmatch(r"[A-Z]{2,3}-\d{3,5}", GENERATORS["plate"](rng))
     assert re.fullmatch(r"[a-z]+-[a-z]+", GENERATORS["word_pair"](rng))
-    assert re.fullmatch(r"[A-Z]\w+ [A-Z]\w+", GENERATORS["person"](rng))
+    assert re.fullmatch(r"[A-Z]\w+ ([A-Z]\. )?[A-Z]\w+", GENERATORS["person"](rng))
 
 
 @given(count=st.integers(1, 40), values=st.integers(1, 4), seed=st.integers(0, 99))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,19 @@ def test_preparing_twice_gives_the_same_bytes(tmp_path: Path, pool: TokenPool) -
     write_corpus(tmp_path)
     manifest = prepare_pool(tiny_config(), tiny_tokenizer(), tmp_path / "pool", tmp_path)
     assert manifest["files"] == pool.manifest["files"]
+
+
+def test_negatives_can_come_from_an_embedder(tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+
+    def embed(texts: Sequence[str]) -> np.ndarray[Any, Any]:
+        return np.ones((len(texts), 1), dtype=np.float32)  # all tie, so the first passages are taken
+
+    config = tiny_config(weights={"wiki": 1}, mined_negatives=3)
+    prepare_pool(config, tiny_tokenizer(), tmp_path / "pool", tmp_path, embed=embed)
+    pool = TokenPool(tmp_path / "pool")
+    mined = [pool.row(i).negatives.tolist() for i in range(len(pool.queries)) if max(pool.row(i).negatives) < 6]
+    assert [0, 1, 2] in mined
 
 
 def test_the_size_limit_cuts_books(tmp_path: Path) -> None:

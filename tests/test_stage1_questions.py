@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +19,7 @@ from retrolm.training.data.chains import draw_chains
 from retrolm.training.data.config import PASSAGE_QUERY_KINDS
 from retrolm.training.data.fact_wordings import draw_line_wording, draw_wording
 from retrolm.training.data.facts import draw_quiz
-from retrolm.training.data.mining import BM25Miner
+from retrolm.training.data.mining import BM25Miner, EmbeddingMiner
 from retrolm.training.data.overlap import EvaluationTexts, file_texts
 from retrolm.training.data.passage_queries import cloze_question, common_words, keyword_question, passage_query
 from retrolm.training.data.question_rules import rule_questions, subject_of
@@ -106,6 +109,16 @@ def test_mining_skips_positives_and_answers() -> None:
     assert set(miner.mine(["apples"], [set()], [["red"]], 9)[0]) == {0, 1, 2}  # answers of 3 letters don't count
     with pytest.raises(UserError, match="no passages"):
         BM25Miner([])
+
+
+def test_mining_with_embeddings() -> None:
+    texts = ["red kite", "red car", "blue kite", "green boat"]
+    letters = sorted({word for text in texts for word in text.split()})
+
+    def embed(batch: Sequence[str]) -> np.ndarray[Any, Any]:
+        return np.array([[word in text.split() for word in letters] for text in batch], dtype=np.float32)
+
+    assert EmbeddingMiner(texts, embed).mine(["red kite", "boat"], [{0}, set()], [[], ["green"]], 2) == [[1, 2], [0, 1]]
 
 
 def test_evaluation_texts(tmp_path: Path) -> None:

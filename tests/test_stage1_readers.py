@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from retrolm.errors import UserError
 from retrolm.training.data.documents import read_documents
+from retrolm.training.data.hub import read_hub_pairs
 from retrolm.training.data.lines import json_array
 from retrolm.training.data.readers import read_pairs
 from retrolm.training.data.rows import RowCounts, content_hash
@@ -165,3 +167,25 @@ def test_compressed_books(tmp_path: Path) -> None:
     counts = RowCounts()
     assert [document.title for document in read_documents(path, counts)] == ["T"]
     assert counts.skipped == {"empty": 1}
+
+
+class FakeHub:
+    """Stands in for the package `datasets`."""
+
+    @staticmethod
+    def load_dataset(name: str, split: str, streaming: bool) -> list[dict]:
+        if name != "some/pairs" or not streaming:
+            raise FileNotFoundError(name)
+        return [GOOD, GOOD, {"query": split, "pos": ["other"]}]
+
+
+def test_hub_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", FakeHub)
+    counts = RowCounts()
+    rows = list(read_hub_pairs("some/pairs", "dev", "hub", counts))
+    assert [row.query for row in rows] == ["Who wrote it?", "dev"] and counts.skipped == {"duplicate": 1}
+    with pytest.raises(UserError, match="Can't open data set 'no/such'"):
+        list(read_hub_pairs("no/such", "train", "hub", RowCounts()))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="pip install datasets"):
+        list(read_hub_pairs("some/pairs", "train", "hub", RowCounts()))

@@ -105,6 +105,10 @@ _SYLLABLES = words(
 )
 
 
+_INITIALS = "ABCDEFGHJKLMNPRSTVWZ"
+_INITIAL_SHARE = 0.1  # gives long lists enough different names
+
+
 def number(rng: random.Random, digits: int | None = None) -> str:
     """Return a whole number of `digits` digits (3 to 9 when not given) without leading zeros."""
     digits = digits or rng.randint(3, 9)
@@ -148,8 +152,9 @@ def city(rng: random.Random) -> str:
 
 
 def person(rng: random.Random) -> str:
-    """Return a first and a last name."""
-    return f"{rng.choice(FIRST_NAMES)} {rng.choice(LAST_NAMES)}"
+    """Return a first and a last name, now and then with an initial between them."""
+    initial = f" {rng.choice(_INITIALS)}." if rng.random() < _INITIAL_SHARE else ""
+    return f"{rng.choice(FIRST_NAMES)}{initial} {rng.choice(LAST_NAMES)}"
 
 
 def date(rng: random.Random) -> str:

@@ -11,12 +11,12 @@ from pathlib import Path
 from ...errors import UserError
 from .config import PASSAGE_QUERY_KINDS, SourceConfig, Stage1DataConfig
 from .hub import read_hub_pairs
-from .mining import BM25Miner
+from .mining import BM25Miner, Embed, EmbeddingMiner, Miner
 from .overlap import EvaluationTexts, file_texts
 from .passage_queries import common_words, passage_query
 from .pool import DEV, TRAIN
 from .readers import read_pairs, read_passages
-from .rows import PairRow, Passage, RowCounts, content_hash
+from .rows import PairRow, Passage, RowCounts, content_hash, in_batches
 from .sample import Span
 from .spool import PassageSpool
 
@@ -52,7 +52,7 @@ def is_held_out(key: int, fraction: float) -> bool:
     return key % _HASH_STEPS < fraction * _HASH_STEPS
 
 
-def collect(config: Stage1DataConfig, data_root: Path) -> Collection:
+def collect(config: Stage1DataConfig, data_root: Path, embed: Embed | None = None) -> Collection:
     """Read all pair sources of a config. Raises `UserError` for missing, unreadable or all-bad sources."""
     found = Collection()
     evaluation = EvaluationTexts(text for path in _excluded(config, data_root) for text in file_texts(path))
@@ -63,7 +63,7 @@ def collect(config: Stage1DataConfig, data_root: Path) -> Collection:
     found.rows = _without_leaks(found)
     found.common = common_words(passage.text for passage in found.passages)
     made = _made_questions(config, found)
-    _mine(config, found.passages, [*found.rows, *made])
+    _mine(config, found.passages, [*found.rows, *made], embed)
     found.rows += [row for row in made if row.negatives]
     return found
 
@@ -193,14 +193,14 @@ def _questions_about(
             yield CollectedRow(kind, split, made.query, [index], [], cut=made.cut)
 
 
-def _mine(config: Stage1DataConfig, passages: PassageSpool, rows: Sequence[CollectedRow]) -> None:
-    """Give rows without hard negatives some, by BM25 over all passages."""
+def _mine(config: Stage1DataConfig, passages: PassageSpool, rows: Sequence[CollectedRow], embed: Embed | None) -> None:
+    """Give rows without hard negatives some, from all passages."""
     bare = [row for row in rows if not row.negatives]
     if not bare or not config.mined_negatives:
         return
-    miner = BM25Miner([passage.text for passage in passages])
-    for start in range(0, len(bare), _MINING_BATCH):
-        batch = bare[start : start + _MINING_BATCH]
+    texts = [passage.text for passage in passages]
+    miner: Miner = EmbeddingMiner(texts, embed) if embed else BM25Miner(texts)
+    for batch in in_batches(bare, _MINING_BATCH):
         mined = miner.mine(
             [row.query for row in batch],
             [set(row.positives) for row in batch],

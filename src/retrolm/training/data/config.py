@@ -74,7 +74,7 @@ class Stage1DataConfig:
         titles: share of packed samples whose passages carry their titles.
         max_keys: most facts planted in one text.
         dev_fraction: share of passages (by content hash) whose questions are held out.
-        mined_negatives: hard negatives mined by BM25 for rows that have none; 0 = don't.
+        mined_negatives: hard negatives mined (by BM25 or an embedder) for rows that have none; 0 = don't.
         passage_queries: questions made of each kind in `PASSAGE_QUERY_KINDS`, at most.
         max_pool_bytes: books are cut so that the pool folder stays under this.
         max_stored_passage_tokens: passages are stored up to this length.

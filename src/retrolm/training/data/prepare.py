@@ -7,7 +7,7 @@ import json
 import random
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -20,8 +20,9 @@ from .collect import CollectedRow, Collection, collect, is_held_out
 from .config import Stage1DataConfig
 from .documents import read_documents
 from .encoder import TextEncoder, tokenizer_fingerprint
+from .mining import Embed
 from .pool import DEV, TRAIN, compact_ids, write_pool
-from .rows import Passage, RowCounts, content_hash
+from .rows import Passage, RowCounts, content_hash, in_batches
 from .sample import Span
 from .sentences import sentence_starts, token_span, token_starts
 
@@ -36,6 +37,7 @@ def prepare_pool(
     out_dir: Path,
     data_root: Path,
     progress: Callable[[str], None] = lambda message: None,
+    embed: Embed | None = None,
 ) -> dict[str, Any]:
     """Read the sources of a config, tokenise them and write a pool folder for `TokenPool`; returns its manifest.
 
@@ -43,13 +45,14 @@ def prepare_pool(
         tokenizer: a fast transformers tokenizer; the pool can be used with it alone.
         data_root: what relative paths in the config are relative to.
         progress: called with one line per step.
+        embed: mine missing hard negatives with these embeddings (texts -> array [num_texts, dim]) instead of BM25.
 
     Raises `UserError` for missing or unusable sources. The manifest is written last, so a broken-off run leaves no
     pool behind.
     """
     encoder = TextEncoder(tokenizer)
     progress("reading questions and passages")
-    found = collect(config, data_root)
+    found = collect(config, data_root, embed)
     progress(f"tokenising {len(found.passages)} passages; {len(found.rows)} questions")
     passages = _tokenise_passages(config, encoder, found)
     rows = _row_arrays(found, passages)
@@ -95,7 +98,7 @@ def _tokenise_passages(config: Stage1DataConfig, encoder: TextEncoder, found: Co
     names = source_names(found)
     wanted = _wanted_spans(found.rows)
     dev = {index for row in found.rows if row.split == DEV for index in row.positives}
-    for batch in _batches(enumerate(found.passages), _BATCH_TEXTS):
+    for batch in in_batches(enumerate(found.passages), _BATCH_TEXTS):
         texts = encoder.encode_batch([passage.text for _, passage in batch])
         titles = encoder.encode_batch([f"{passage.title}\n" if passage.title else "" for _, passage in batch])
         for (index, passage), (ids, spans), (title_ids, _) in zip(batch, texts, titles, strict=True):
@@ -151,12 +154,6 @@ def _answer_place(text: str, answers: Sequence[str]) -> Span | None:
         if start >= 0:
             return start, start + len(answer)
     return None
-
-
-def _batches(items: Iterator[Any] | enumerate[Any], size: int) -> Iterator[list[Any]]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch
 
 
 def _row_arrays(found: Collection, passages: _PassageTokens) -> dict[str, NDArray[Any]]:

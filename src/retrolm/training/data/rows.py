@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TypeVar
 
 from ...errors import UserError
@@ -41,6 +42,7 @@ class Document:
 
 
 Row = TypeVar("Row", PairRow, Document)
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -59,6 +61,13 @@ def content_hash(text: str) -> int:
     """Return a 64-bit hash of a text that ignores case and white space; the same in every process."""
     canonical = " ".join(text.lower().split())
     return int.from_bytes(hashlib.blake2b(canonical.encode(), digest_size=8).digest(), "big")
+
+
+def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Yield items in lists of `size`, the last one shorter."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
 
 
 def checked(rows: Iterable[Row], counts: RowCounts, origin: str) -> Iterator[Row]:
