@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..config import RetroConfig
 from ..errors import UserError
 from ..paging import PageTable
 from .attachment import Attachment
@@ -64,18 +65,12 @@ class Encoder:
     def query(self, table: PageTable, ids: Tensor, tokens: list[int], pinned: tuple[int, ...] = ()) -> PageGroup:
         """The group of one query page; raises `UserError` if the query leaves no room for the text."""
         group = query_group(table, ids, tokens, self.parts.config, self.kept_window, pinned)
-        config = self.parts.config
-        needed = min(max(1, config.num_local_pages) + len(pinned), max(len(table) - table.num_sink, 0))
-        if group.room[0] < needed:
-            raise UserError(
-                f"The question takes {len(tokens)} tokens and leaves room for {max(group.room[0], 0)} pages of the "
-                f"text in kv_budget={config.kv_budget}; at least {needed} needed. Shorten it or raise kv_budget."
-            )
+        require_room(group, self.parts.config)
         return group
 
     @torch.no_grad()
     def encode(self, chunk: Chunk, logits: bool = False) -> Encoded:
-        """One forward pass. `logits` [pages, width, vocabulary] of all normal tokens if asked for."""
+        """One forward pass, with logits [tokens, vocabulary] of all normal tokens if asked for."""
         backbone = self.parts.backbone
         backbone.require_positions(max(max(g.end) + max(map(len, g.tokens)) for g in chunk.groups) + 1)
         backbone.require_positions(max(g.table.sink_tokens for g in chunk.groups) + chunk.width + 2)
@@ -91,8 +86,8 @@ class Encoder:
         found = None
         with self.attachment.run(program):
             if logits:
-                keep = torch.arange(len(rows), device=inputs.device)
-                found = backbone.model(**kwargs, logits_to_keep=keep).logits[0].unflatten(0, (-1, chunk.width))
+                keep = chunk.places().to(inputs.device)
+                found = backbone.model(**kwargs, logits_to_keep=keep).logits[0]
             else:
                 backbone.decoder(**kwargs)
         captures = [capture for capture in program.captures if capture is not None]
@@ -108,3 +103,14 @@ class Encoder:
                 if pages:
                     groups.append(text_group(text.table, first, pages, self.parts.config, self.kept_window, probe))
             yield Chunk(groups, max(len(page) for group in groups for page in group.tokens))
+
+
+def require_room(query: PageGroup, config: RetroConfig) -> None:
+    """Raise `UserError` if a query page leaves no room for the text it asks about."""
+    table = query.table
+    needed = min(max(1, config.num_local_pages) + len(query.pinned), max(len(table) - table.num_sink, 0))
+    if query.room[0] < needed:
+        raise UserError(
+            f"The question takes {len(query.tokens[0])} tokens and leaves room for {max(query.room[0], 0)} pages of the "
+            f"text in kv_budget={config.kv_budget}; at least {needed} needed. Shorten it or raise kv_budget."
+        )
