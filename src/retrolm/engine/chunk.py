@@ -73,6 +73,11 @@ class Chunk:
             rows[index, : len(tokens)] = torch.tensor(tokens)
         return rows
 
+    def places(self) -> Tensor:
+        """Rows that hold tokens rather than padding, int64 [tokens]."""
+        inside = torch.arange(self.width) < self.page_lengths()[:, None]
+        return inside.flatten().nonzero().flatten()
+
     def page_lengths(self) -> Tensor:
         """Tokens of each page, int64 [N]."""
         return torch.cat([group.lengths.sum(1) for group in self.groups])

@@ -177,18 +177,10 @@ class RetroLM:
 
     def logits(self, input_ids: Tensor) -> Tensor:
         """Next-token logits [T, vocabulary] at each of `input_ids` int64 [T], read page by page on the budget."""
-        ids = [int(i) for i in input_ids]
-        cut = self._cut([], ids)
+        cut = self._cut([], input_ids.tolist())
         store = self._new_store(len(cut))
         results = self._encoder(store).read([self._paged(store, cut, 0)], logits=True)
-        rows = torch.cat([row for result in results if result.logits is not None for row in result.logits])
-        lengths = [len(page) for page in cut]
-        width = self.config.page_size
-        if len(rows) != len(ids):
-            starts = _row_starts(results, lengths)
-            rows = torch.cat([rows[start : start + n] for start, n in zip(starts, lengths, strict=True)])
-        assert len(rows) == len(ids) and width
-        return rows
+        return torch.cat([result.logits for result in results if result.logits is not None])
 
     def _tokenise(self, source: Any) -> tuple[str | None, list[int], list[tuple[int, int]]]:
         """Text, ids and character offsets of one source."""
@@ -474,16 +466,3 @@ def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
 def _pad_id(tokenizer: Any, eos_ids: tuple[int, ...]) -> int:
     pad = getattr(tokenizer, "pad_token_id", None)
     return int(pad) if pad is not None else eos_ids[0]
-
-
-def _row_starts(results: list[Any], lengths: list[int]) -> list[int]:
-    """Row of each page's first token among the padded rows of all chunks."""
-    starts, at, page = [], 0, 0
-    for result in results:
-        num_pages, width = result.logits.shape[:2]
-        for _ in range(num_pages):
-            starts.append(at)
-            at += width
-            page += 1
-    assert page == len(lengths)
-    return starts

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError, UserError
 
-_PROBE_POSITIONS = (1, 7, 64, 500)
+_PROBE_POSITIONS = (1, 7, 31, 150)
 _PROBE_TOLERANCE = 1e-3
 
 
@@ -60,22 +60,22 @@ class RopeTable:
         if num_positions > len(self._cos):
             self._cos, self._sin = self._compute(max(num_positions, 2 * len(self._cos)))
 
-    def _compute(self, num_positions: int) -> tuple[Tensor, Tensor]:
+    def _compute(self, num_positions: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         positions = torch.arange(num_positions, device=self._like.device)
         if self._limit is not None:
             positions = positions.clamp(max=self._limit - 1)
         positions = torch.cat([positions, positions.new_tensor([self._anchor])])[None]
         kwargs: dict[str, Any] = {} if self._layer_type is None else {"layer_type": self._layer_type}
-        cos, sin = self._rotary(self._like, positions, **kwargs)
+        cos, sin = self._rotary(self._like.to(dtype or self._like.dtype), positions, **kwargs)
         return cos[0, :num_positions].contiguous(), sin[0, :num_positions].contiguous()
 
     def _probe(self) -> None:
         """Refuse a rotary module that is not a rotation by an angle proportional to the position."""
-        cos, sin = self._cos.double() / self.scaling, self._sin.double() / self.scaling
+        cos, sin = (x.double() / self.scaling for x in self._compute(256, torch.float32))
         ok = torch.allclose(cos[0], torch.ones_like(cos[0])) and not bool(sin[0].any())
         for a in _PROBE_POSITIONS:
             for b in _PROBE_POSITIONS:
-                if a + b < len(cos):
+                if a + b < min(len(cos), self._limit or len(cos)):
                     ok = ok and torch.allclose(cos[a + b], cos[a] * cos[b] - sin[a] * sin[b], atol=_PROBE_TOLERANCE)
         half = cos.shape[-1] // 2
         if not ok or not torch.equal(cos[:, :half], cos[:, half:]):

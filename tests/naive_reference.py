@@ -1,0 +1,271 @@
+"""RetroLM written out naively in float64, from the paper and the choices D1-D23: what the engine is tested against.
+
+Page by page, token by token, head by head, with an explicit position for every key and query. It borrows the stock
+model's norms, projections and MLPs (row by row), nothing of the engine.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Vectors = np.ndarray  # [tokens, heads, head dim]
+
+
+@dataclass
+class NaiveOptions:
+    """The same names and defaults as `RetroConfig`, given again so that a changed default shows."""
+
+    kv_budget: int = 2048
+    page_size: int = 128
+    strict_budget: bool = True
+    num_local_pages: int = 1
+    first_layer_mode: str = "recent"
+    num_skip_layers: int = 1
+    bookmark_span: str = "sink_page"
+    score_rope: bool = False
+    causal_selection: bool = False
+
+
+@dataclass
+class NaivePage:
+    """One page: its tokens, what its bookmark may see of them, and by layer its keys, values and bookmark rows."""
+
+    tokens: list[int]
+    seen_by_bookmark: int
+    start: int
+    is_sink: bool
+    is_question: bool = False
+    keys: list[Vectors] = field(default_factory=list)
+    values: list[Vectors] = field(default_factory=list)
+    mean_query: list[Vectors] = field(default_factory=list)
+    bookmark_query: list[Vectors] = field(default_factory=list)
+    bookmark_key: list[Vectors] = field(default_factory=list)
+    selected: list[list[int]] = field(default_factory=list)
+    scores: list[list[float]] = field(default_factory=list)
+    logits: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+
+class NaiveRetroLM:
+    """Reads pages one after the other.
+
+    Args:
+        model: a stock model whose `rotary_emb` is an `ExactRotary`.
+        bookmark: embedding of the bookmark token, [hidden].
+        deltas: (layer, projection name) → difference of W^b to the model's own weight, [out, in].
+    """
+
+    def __init__(
+        self, model: Any, options: NaiveOptions, bookmark: Tensor, deltas: dict[tuple[int, str], Tensor] | None = None
+    ) -> None:
+        self.model = model
+        self.config = model.config
+        self.options = options
+        self.bookmark = bookmark.double()
+        self.deltas = deltas or {}
+        self.heads = self.config.num_attention_heads
+        self.kv_heads = self.config.num_key_value_heads
+        self.dim = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.heads
+        self.pages: list[NaivePage] = []
+
+    def read(self, pages: list[list[int]], num_sink: int = 1) -> list[NaivePage]:
+        """Read all pages; the first `num_sink` are attention sinks."""
+        for tokens in pages:
+            self._read_page(tokens, len(tokens), len(self.pages) < num_sink)
+        return self.pages
+
+    def ask(self, question: list[int], generated: list[int]) -> NaivePage:
+        """Read a question page, followed by generated tokens that its bookmark doesn't see."""
+        return self._read_page(question + generated, len(question), is_sink=False, is_question=True)
+
+    @torch.no_grad()
+    def _read_page(self, tokens: list[int], seen: int, is_sink: bool, is_question: bool = False) -> NaivePage:
+        start = sum(len(page.tokens) for page in self.pages)
+        page = NaivePage(tokens, seen, start, is_sink, is_question)
+        normal = self.model.get_input_embeddings()(torch.tensor(tokens))
+        mark = self.bookmark[None]
+        for index, layer in enumerate(self.model.model.layers):
+            normal, mark = self._layer(index, layer, page, normal, mark)
+        logits = self.model.lm_head(self.model.model.norm(normal))
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        page.logits = (cap * torch.tanh(logits / cap) if cap else logits).numpy()
+        self.pages.append(page)
+        return page
+
+    def _layer(self, index: int, layer: Any, page: NaivePage, normal: Tensor, mark: Tensor) -> tuple[Tensor, Tensor]:
+        queries, keys, values = self._project(index, layer, normal, bookmark=False)
+        mark_query, mark_key, mark_value = self._project(index, layer, mark, bookmark=True)
+        seen = page.seen_by_bookmark
+        page.keys.append(keys)
+        page.values.append(values)
+        page.mean_query.append(queries[:seen].mean(0))
+        page.bookmark_query.append(mark_query[0])
+        page.bookmark_key.append(mark_key[0])
+        page.selected.append(self._select(index, page))
+        out = self._attend_normal(index, page, queries)
+        out_mark = self._attend_bookmark(index, page, mark_query[0], mark_key[0], mark_value[0])
+        return self._finish(layer, normal, out), self._finish(layer, mark, out_mark)
+
+    # --- the stock layer around attention -----------------------------------------------------------------------
+
+    def _project(self, index: int, layer: Any, rows: Tensor, bookmark: bool) -> tuple[Vectors, Vectors, Vectors]:
+        attention, normed = layer.self_attn, layer.input_layernorm(rows)
+
+        def through(name: str) -> Tensor:
+            out = getattr(attention, name)(normed)
+            delta = self.deltas.get((index, name)) if bookmark else None
+            return out if delta is None else out + normed @ delta.double().T
+
+        if hasattr(attention, "qkv_proj"):
+            sizes = [self.heads * self.dim, self.kv_heads * self.dim, self.kv_heads * self.dim]
+            flat = through("qkv_proj").split(sizes, dim=-1)
+        else:
+            flat = (through("q_proj"), through("k_proj"), through("v_proj"))
+        q, k, v = (x.reshape(len(rows), -1, self.dim) for x in flat)
+        if hasattr(attention, "q_norm"):
+            q, k = attention.q_norm(q), attention.k_norm(k)
+        return q.numpy(), k.numpy(), v.numpy()
+
+    def _finish(self, layer: Any, rows: Tensor, attended: Vectors) -> Tensor:
+        out = layer.self_attn.o_proj(torch.from_numpy(attended.reshape(len(rows), -1)))
+        if hasattr(layer, "pre_feedforward_layernorm"):
+            rows = rows + layer.post_attention_layernorm(out)
+            return rows + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(rows)))
+        rows = rows + out
+        return rows + layer.mlp(layer.post_attention_layernorm(rows))
+
+    # --- which pages ----------------------------------------------------------------------------------------------
+
+    def _window(self, index: int) -> int | None:
+        kinds = getattr(self.config, "layer_types", None)
+        if kinds and kinds[index] != "sliding_attention":
+            return None
+        return getattr(self.config, "sliding_window", None)
+
+    def _keeps_window(self, index: int) -> bool:
+        """A sliding layer of a model that also has full layers: it attends its true window, nothing is selected."""
+        num_layers = self.config.num_hidden_layers
+        return self._window(index) is not None and any(self._window(i) is None for i in range(num_layers))
+
+    def _select(self, index: int, page: NaivePage) -> list[int]:
+        past = list(range(len(self.pages)))
+        options = self.options
+        if self._keeps_window(index):
+            page.scores.append([])
+            return past
+        scores = self._scores(index, page, past)
+        page.scores.append(scores)
+        own = page.seen_by_bookmark if options.strict_budget else 0
+        if page.start + own <= options.kv_budget:
+            return past
+        if index < options.num_skip_layers and options.first_layer_mode == "full":
+            return past
+        sinks = [i for i in past if self.pages[i].is_sink]
+        sink_tokens = sum(len(self.pages[i].tokens) for i in sinks)
+        room = (options.kv_budget - sink_tokens - own) // options.page_size
+        others = [i for i in past if i not in sinks]
+        local = others[len(others) - min(options.num_local_pages, room, len(others)) :]
+        free = sorted((i for i in others if i not in local), key=lambda i: (scores[i], i), reverse=True)
+        return sorted(sinks + local + free[: room - len(local)])
+
+    def _scores(self, index: int, page: NaivePage, past: list[int]) -> list[float]:
+        """How well each past page matches what the current one looks for."""
+        asking, place = page, len(self.pages)
+        if self.options.causal_selection and self.pages and not page.is_question:
+            asking, place = self.pages[-1], len(self.pages) - 1
+        if index < self.options.num_skip_layers:
+            if self.options.first_layer_mode == "mean_key":
+                means = [self.pages[i].keys[index].mean(0) for i in past]
+                return [self._match(asking.mean_query[index], mean) for mean in means]
+            return [float(i) for i in past]
+        query = asking.bookmark_query[index]
+        scores = []
+        for i in past:
+            key = self.pages[i].bookmark_key[index]
+            if self.options.score_rope:
+                turned = self._turn(index, query, place * self.options.page_size)
+                scores.append(self._match(turned, self._turn(index, key, i * self.options.page_size)))
+            else:
+                scores.append(self._match(query, key))
+        return scores
+
+    def _match(self, query: Vectors, key: Vectors) -> float:
+        """Σ_h ⟨q_h, k_{h // g}⟩ / √(H·D)."""
+        group = self.heads // self.kv_heads
+        total = 0.0
+        for head in range(self.heads):
+            for channel in range(self.dim):
+                total += query[head, channel] * key[head // group, channel]
+        return total / math.sqrt(self.heads * self.dim)
+
+    # --- attention --------------------------------------------------------------------------------------------------
+
+    def _turn(self, index: int, vectors: Vectors, position: int) -> Vectors:
+        """RoPE at one position: pairs (i, i + R/2) of the first R channels turn by position · frequency_i."""
+        kinds = getattr(self.config, "layer_types", None)
+        per_type = isinstance(next(iter(self.config.rope_parameters.values())), dict)
+        frequencies, scaling = self.model.model.rotary_emb.frequencies(kinds[index] if kinds and per_type else None)
+        turned = vectors.copy()
+        for i, frequency in enumerate(frequencies.tolist()):
+            cos, sin = math.cos(position * frequency) * scaling, math.sin(position * frequency) * scaling
+            a, b = vectors[..., i], vectors[..., i + len(frequencies)]
+            turned[..., i], turned[..., i + len(frequencies)] = a * cos - b * sin, a * sin + b * cos
+        return turned
+
+    def _softmax_rows(
+        self, layer: int, query: Vectors, position: int, keys: list[tuple[int, Vectors, Vectors]], window: int | None
+    ) -> Vectors:
+        """One token's attention, [heads, dim]; `keys` are (position, turned key, value)."""
+        scale = getattr(self.config, "query_pre_attn_scalar", self.dim) ** -0.5
+        cap = getattr(self.config, "attn_logit_softcapping", None)
+        turned = self._turn(layer, query, position)
+        visible = [entry for entry in keys if entry[0] <= position and (not window or position - entry[0] < window)]
+        out = np.zeros_like(query)
+        for head in range(self.heads):
+            kv = head // (self.heads // self.kv_heads)
+            logits = np.array([turned[head] @ key[kv] * scale for _, key, _ in visible])
+            if cap:
+                logits = cap * np.tanh(logits / cap)
+            weights = np.exp(logits - logits.max())
+            weights /= weights.sum()
+            for weight, (_, _, value) in zip(weights, visible, strict=True):
+                out[head] += weight * value[kv]
+        return out
+
+    def _attend_normal(self, index: int, page: NaivePage, queries: Vectors) -> Vectors:
+        """Selected pages right before the page, in order, without holes; then the page itself."""
+        begin = 1000  # any place will do: only distances matter
+        entries, position = [], begin
+        for i in reversed(page.selected[index]):
+            past = self.pages[i]
+            for token in reversed(range(len(past.tokens))):
+                position -= 1
+                entries.append((position, past.keys[index][token], past.values[index][token]))
+        for token in range(len(page.tokens)):
+            entries.append((begin + token, page.keys[index][token], page.values[index][token]))
+        turned = [(at, self._turn(index, key, at), value) for at, key, value in entries]
+        window = self._window(index)
+        rows = [self._softmax_rows(index, query, begin + t, turned, window) for t, query in enumerate(queries)]
+        return np.stack(rows)
+
+    def _attend_bookmark(
+        self, index: int, page: NaivePage, query: Vectors, own_key: Vectors, own_value: Vectors
+    ) -> Vectors:
+        """Sink, own page, itself, at adjacent positions."""
+        entries: list[tuple[int, Vectors, Vectors]] = []
+        sinks = [past for past in self.pages if past.is_sink]
+        if page.is_sink or self.options.bookmark_span == "page":
+            sinks = []
+        for past in sinks:
+            for token in range(len(past.tokens)):
+                entries.append((len(entries), past.keys[index][token], past.values[index][token]))
+        for token in range(page.seen_by_bookmark):
+            entries.append((len(entries), page.keys[index][token], page.values[index][token]))
+        entries.append((len(entries), own_key, own_value))
+        turned = [(at, self._turn(index, key, at), value) for at, key, value in entries]
+        return self._softmax_rows(index, query, len(entries) - 1, turned, None)[None]

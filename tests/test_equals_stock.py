@@ -1,0 +1,65 @@
+"""F1: with a budget that covers the text RetroLM is the stock model, whatever the family, page size and chunk size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from retrolm.config import RetroConfig
+from retrolm.engine.model import RetroLM
+from tiny_models import MODELS, ORIGINAL, random_ids, stock_logits, tiny_model
+
+W = 8
+
+
+def difference(model: object, ids: Tensor, **options: object) -> float:
+    """Largest logit difference between RetroLM and the stock model."""
+    lm = RetroLM(model, config=RetroConfig.from_options(options))
+    expected = stock_logits(model, ids)
+    found = lm.logits(ids)
+    lm.detach()
+    assert found.shape == expected.shape
+    return float((found - expected).abs().max())
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("num_tokens", [5 * W, 5 * W + 1, 17 * W - 1, W - 3])
+def test_logits_equal_the_stock_model(name: str, num_tokens: int) -> None:
+    if name == "phi3-longrope":  # the frequency set is fixed by the budget, the stock model's by the text
+        num_tokens += ORIGINAL
+    assert difference(tiny_model(name), random_ids(num_tokens), kv_budget=200, page_size=W, chunk_pages=3) <= 1e-6
+
+
+@pytest.mark.parametrize("chunk_pages", [1, 2, 16])
+@pytest.mark.parametrize("page_size", [5, 16, 64])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mistral-sliding"])
+def test_page_and_chunk_size_change_nothing(name: str, page_size: int, chunk_pages: int) -> None:
+    assert (
+        difference(tiny_model(name), random_ids(77), kv_budget=192, page_size=page_size, chunk_pages=chunk_pages)
+        <= 1e-6
+    )
+
+
+@pytest.mark.parametrize("num_tokens", [7 * W - 3, 7 * W, 7 * W + 1])
+@pytest.mark.parametrize("strict", [True, False])
+def test_budget_of_exactly_the_text(num_tokens: int, strict: bool) -> None:
+    assert (
+        difference(tiny_model("llama"), random_ids(num_tokens), kv_budget=num_tokens, page_size=W, strict_budget=strict)
+        == 0.0
+    )
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_float32(name: str) -> None:
+    assert difference(tiny_model(name, dtype=torch.float32), random_ids(101), kv_budget=128, page_size=W) <= 1e-4
+
+
+def test_short_longrope_set() -> None:
+    ids = random_ids(ORIGINAL - W)
+    assert difference(tiny_model("phi3-longrope"), ids, kv_budget=ORIGINAL - W, page_size=W) <= 1e-6
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_plain_model_is_exact(seed: int) -> None:
+    assert difference(tiny_model("llama", seed), random_ids(90, seed), kv_budget=96, page_size=W) == 0.0
