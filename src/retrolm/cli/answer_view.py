@@ -1,0 +1,101 @@
+"""An answer as JSON and as text: the same facts in every command that asks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+
+from .screen import ERR, count, seconds, size, snippet
+
+if TYPE_CHECKING:
+    from ..engine.document import Document
+    from ..engine.results import Answer, PageUse
+
+SNIPPET_WIDTH = 84
+
+
+def answer_json(document: Document, question: str, answer: Answer, model: str, num_pages: int) -> dict[str, Any]:
+    """Everything about one answer; keys are stable. `num_pages`: how many of its pages to list."""
+    lm = document.lm
+    return {
+        "question": question,
+        "answer": answer.text,
+        "truncated": answer.truncated,
+        "model": model,
+        "method": lm.method.name,
+        "retriever": lm.retriever_name,
+        "kv_budget": lm.config.kv_budget,
+        "page_size": lm.config.page_size,
+        "num_tokens": document.num_tokens,
+        "num_pages": document.num_pages,
+        "attended_tokens": answer.attended_tokens,
+        "pages": [page_json(page) for page in answer.pages[:num_pages]],
+        "prefill_s": answer.timings.prefill_s,
+        "ttft_s": answer.timings.ttft_s,
+        "tpot_s": answer.timings.tpot_s,
+        "kv_bytes": answer.kv_bytes,
+        "notes": list(answer.notes),
+    }
+
+
+def page_json(page: PageUse) -> dict[str, Any]:
+    """One page that an answer could draw on."""
+    return {
+        "page": page.page,
+        "start_char": page.start_char,
+        "end_char": page.end_char,
+        "score": page.score,
+        "text": page.text,
+    }
+
+
+def page_lines(answer: Answer, num_pages: int) -> list[str]:
+    """One line per page, best first: number, share of layers that chose it, how it begins."""
+    return [
+        f"page {page.page:>4}  {page.score:>4.0%} of layers  {snippet(page.text, SNIPPET_WIDTH - 26)}"
+        for page in answer.pages[:num_pages]
+    ]
+
+
+def cost_line(answer: Answer) -> str:
+    """What the answer cost: tokens attended, times, bytes."""
+    attended, kv = answer.attended_tokens, answer.kv_bytes
+    parts = [
+        f"attended {count(attended['prefill'])} tokens reading, {count(attended['decode'])} answering",
+        f"first token {seconds(answer.timings.ttft_s)}",
+        f"{speed(answer)} tokens/s",
+        f"KV {size(kv['device'])} device, {size(kv['host'])} host",
+    ]
+    return " · ".join(parts)
+
+
+def speed(answer: Answer) -> str:
+    """Tokens generated per second behind the first one; "-" if there is only one."""
+    return f"{1 / answer.timings.tpot_s:.1f}" if len(answer.token_ids) > 1 and answer.timings.tpot_s else "-"
+
+
+def read_line(document: Document) -> str:
+    """What reading the document took."""
+    per_s = document.num_tokens / max(document.prefill_s, 1e-9)
+    return (
+        f"Read {count(document.num_tokens)} tokens in {count(document.num_pages)} pages: "
+        f"{seconds(document.prefill_s)}, {count(per_s)} tokens/s"
+    )
+
+
+def setup_line(document: Document, model: str) -> str:
+    """With what it was read."""
+    lm = document.lm
+    return f"{model} · budget {count(lm.config.kv_budget)} · method {lm.method.name} · retriever: {lm.retriever_name}"
+
+
+def show_details(answer: Answer, num_pages: int) -> None:
+    """Print an answer's pages and cost on stderr."""
+    for line in page_lines(answer, num_pages):
+        ERR.print(Text("  " + line, style="dim"), soft_wrap=True)
+    if answer.truncated:
+        ERR.print(Text("  stopped at --max-new-tokens", style="dim"))
+    for remark in answer.notes:
+        ERR.print(Text(f"  {remark}", style="dim"))
+    ERR.print(Text("  " + cost_line(answer), style="dim"))

@@ -1,0 +1,115 @@
+"""`retrolm demo`: read the example book and ask it questions whose answers are known."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Group
+from rich.panel import Panel
+from rich.text import Text
+
+from .answer_view import answer_json, cost_line, page_lines, read_line, setup_line, speed
+from .loading import check_questions, load_engine, read_document
+from .options import EngineOptions, JsonFlag, with_engine_options
+from .pull import fetch_model
+from .screen import OUT, count, note, print_json, seconds, show_table, size, waiting
+
+if TYPE_CHECKING:
+    from ..engine.demo_questions import Example, ExpectedAnswer
+    from ..engine.document import Document
+    from ..engine.results import Answer
+
+
+@with_engine_options(max_new_tokens=48)
+def command(
+    engine: EngineOptions,
+    book: Annotated[bool, typer.Option("--book", help="Read the whole book, not just its opening.")] = False,
+    pages: Annotated[int, typer.Option(help="How many of the pages an answer came from to show.", min=0)] = 3,
+    as_json: JsonFlag = False,
+) -> None:
+    """Read the example book's opening, or with --book all of it, and ask questions that were written down beforehand.
+
+    The model is fetched first if it is a demo model that isn't here.
+    """
+    engine.check()
+    from ..engine.demo_questions import load_example
+
+    example = load_example(book)
+    _fetch_if_missing(engine.model)
+    lm = load_engine(engine)
+    questions = [asked.question for asked in example.questions]
+    check_questions(lm, example.text, questions)
+    if not as_json:
+        part = "all" if book else "the opening"
+        note(f"Reading {part} of {example.title} by {example.author}: {count(len(example.text.split()))} words …")
+    document = read_document(lm, example.text, example.title)
+    answers = []
+    for asked in example.questions:
+        with waiting("Answering …"):
+            answer = document.ask(asked.question, max_new_tokens=engine.max_new_tokens)
+        answers.append(answer)
+        if not as_json:
+            OUT.print(_panel(asked, answer, pages))
+    if as_json:
+        print_json(_as_json(example, document, answers, engine.model, pages))
+    else:
+        _close(document, answers, engine.model)
+
+
+def _fetch_if_missing(model: str) -> None:
+    from ..engine.catalogue import CATALOGUE
+    from ..engine.pull import is_pulled
+
+    if model in CATALOGUE and not is_pulled(model):
+        note(f"Fetching {model} ({size(CATALOGUE[model].download_bytes)}, licence {CATALOGUE[model].licence}) …")
+        fetch_model(model)
+
+
+def _panel(asked: ExpectedAnswer, answer: Answer, num_pages: int) -> Panel:
+    lines = [
+        Text.assemble(("expected  ", "dim"), asked.expected),
+        Text.assemble(("answer    ", "dim"), (answer.text or "(nothing)", "bold")),
+        *(_aside(line) for line in page_lines(answer, num_pages)),
+        _aside(cost_line(answer)),
+    ]
+    return Panel(Group(*lines), title=Text(asked.question), title_align="left")
+
+
+def _aside(line: str) -> Text:
+    return Text("          " + line, style="dim", no_wrap=True, overflow="ellipsis")
+
+
+def _close(document: Document, answers: list[Answer], model: str) -> None:
+    """The closing table: what reading and answering took."""
+    rows = [
+        (
+            str(number),
+            count(answer.attended_tokens["decode"]),
+            seconds(answer.timings.ttft_s),
+            speed(answer),
+            size(answer.kv_bytes["device"]),
+            size(answer.kv_bytes["host"]),
+        )
+        for number, answer in enumerate(answers, start=1)
+    ]
+    columns = ("question", "tokens attended", "first token", "tokens/s", "KV on device", "KV on host")
+    show_table(columns, rows, title=f"\n{read_line(document)}", right=range(6))
+    OUT.print(Text(setup_line(document, model)))
+    if document.lm.retriever is None and document.lm.method.needs_bookmarks:
+        OUT.print("No trained page retriever for this model is here: its pages were picked by untrained bookmarks.")
+
+
+def _as_json(example: Example, document: Document, answers: list[Answer], model: str, num_pages: int) -> dict[str, Any]:
+    found = [
+        {"expected": asked.expected, **answer_json(document, asked.question, answer, model, num_pages)}
+        for asked, answer in zip(example.questions, answers, strict=True)
+    ]
+    return {
+        "title": example.title,
+        "author": example.author,
+        "num_words": len(example.text.split()),
+        "num_tokens": document.num_tokens,
+        "prefill_s": document.prefill_s,
+        "answers": found,
+    }

@@ -1,0 +1,64 @@
+"""From options to a loaded engine and a document that was read. Everything that can be refused early is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from ..errors import UserError
+from .options import EngineOptions
+from .screen import progress_bar, snippet, waiting
+
+if TYPE_CHECKING:
+    from ..engine.document import Document
+    from ..engine.model import RetroLM
+
+
+def read_source(source: str) -> str:
+    """Text of a file, or of standard input for "-"; raises `UserError` for what can't be read."""
+    from ..engine.text_files import read_stdin, read_text_file
+
+    return read_stdin() if source == "-" else read_text_file(source)
+
+
+def source_name(source: str) -> str:
+    """How a source is called in messages."""
+    return "standard input" if source == "-" else snippet(source, 40)
+
+
+def load_engine(options: EngineOptions) -> RetroLM:
+    """Load the model and attach; raises `UserError` for unknown names and values."""
+    options.check()
+    with waiting(f"Loading {snippet(options.model, 60)} …"):
+        from ..engine.model import RetroLM
+        from ..engine.quiet import silence_libraries
+
+        silence_libraries()
+        retriever = None if options.retriever == "none" else options.retriever
+        return RetroLM.from_pretrained(
+            options.model,
+            retriever=retriever,
+            method=options.method,
+            dtype=options.dtype,
+            **asdict(options.config()),
+        )
+
+
+def check_questions(lm: RetroLM, text: str, questions: list[str]) -> None:
+    """Refuse, before a long read, a question that is empty or leaves no room for the text; raises `UserError`."""
+    from ..engine import preflight
+
+    preflight.check_questions(lm, preflight.count_tokens(lm, text), questions)
+
+
+def read_document(lm: RetroLM, text: str, name: str) -> Document:
+    """Read a text with a progress bar."""
+    with progress_bar(f"Reading {name}") as progress:
+        document: Document = lm.read(text, progress=progress)
+    return document
+
+
+def refuse_stdin(source: str, command: str) -> None:
+    """Raise `UserError` where standard input is needed for something else."""
+    if source == "-":
+        raise UserError(f"`retrolm {command}` needs standard input for your questions. Give a file instead of -.")

@@ -1,0 +1,124 @@
+"""Options that several commands share, written down once."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from ..config import RetroConfig
+from ..errors import UserError, unknown
+from .settings import parse_settings
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_DEFAULTS = RetroConfig()
+_OWN_OPTIONS = {
+    "kv_budget": "--kv-budget",
+    "page_size": "--page-size",
+    "chunk_pages": "--chunk-pages",
+    "device_kv_bytes": "--device-kv-gb",
+}
+_PANEL = "Model and KV budget"
+
+SourceArgument = Annotated[
+    str, typer.Argument(metavar="FILE", help="Text to read (.txt, .md, .html, .pdf), or - for standard input.")
+]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
+
+
+def _option(*names: str, help: str, default: Any = True) -> Any:
+    return typer.Option(*names, help=help, show_default=default, rich_help_panel=_PANEL)
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How the engine is set up; the fields are the options of every command that loads a model."""
+
+    model: Annotated[str, _option(help="Name of a pulled model, a folder, or a Hugging Face id.")] = DEFAULT_MODEL
+    retriever: Annotated[
+        str, _option(help="Trained page retriever: a folder, a shipped one, auto (the one for this model), or none.")
+    ] = "auto"
+    method: Annotated[str, _option(help="Page-selection method (see `retrolm methods`).")] = "retrolm"
+    kv_budget: Annotated[int, _option(help="Tokens attended per layer.")] = _DEFAULTS.kv_budget
+    page_size: Annotated[int, _option(help="Tokens per page.")] = _DEFAULTS.page_size
+    chunk_pages: Annotated[int, _option(help="Pages encoded at once; changes speed and memory, not results.")] = (
+        _DEFAULTS.chunk_pages
+    )
+    device_kv_gb: Annotated[
+        float | None, _option(help="Cap on KV kept on the device, in GB; the rest stays in host memory.",
+                              default="none")
+    ] = None  # fmt: skip
+    dtype: Annotated[str, _option(help=f"Arithmetic of the model: {', '.join(DTYPES)}.")] = "auto"
+    max_new_tokens: Annotated[int, _option(help="Longest answer, in tokens.")] = 64
+    settings: Annotated[
+        list[str], _option("--set", help="Any other option of RetroConfig, as key=value; may be repeated.",
+                           default=False)
+    ] = field(default_factory=list)  # fmt: skip
+
+    def config(self) -> RetroConfig:
+        """The engine's configuration; raises `UserError` for what is unknown or out of range."""
+        further = parse_settings(self.settings)
+        for key, option in _OWN_OPTIONS.items():
+            if key in further:
+                raise UserError(f"{key} has an option of its own. Use {option} instead of --set {key}=…")
+        named = {"kv_budget": self.kv_budget, "page_size": self.page_size, "chunk_pages": self.chunk_pages}
+        cap = None if self.device_kv_gb is None else _whole_bytes(self.device_kv_gb)
+        return RetroConfig.from_options({**named, "device_kv_bytes": cap, **further})
+
+    def check(self) -> None:
+        """Refuse what can be refused before a model is loaded; raises `UserError`."""
+        self.config()
+        if self.dtype not in DTYPES:
+            raise unknown("dtype", self.dtype, DTYPES)
+        if self.max_new_tokens < 1:
+            raise UserError(f"--max-new-tokens must be at least 1, got {self.max_new_tokens}.")
+
+
+def _whole_bytes(gigabytes: float) -> int:
+    if not 0 < gigabytes < 1e6:  # refuses nan and infinity as well
+        raise UserError(f"--device-kv-gb must be a positive number of GB, got {gigabytes}.")
+    return int(gigabytes * 1e9)
+
+
+def with_engine_options(**defaults: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Let a command with a parameter `engine: EngineOptions` take all its fields as options.
+
+    Args:
+        defaults: values that differ from those of `EngineOptions` in this command.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        names = [item.name for item in dataclasses.fields(EngineOptions)]
+
+        @functools.wraps(function)
+        def command(**values: Any) -> Any:
+            engine = EngineOptions(**{name: values.pop(name) for name in names})
+            return function(engine=engine, **values)
+
+        parameters = [*_own_parameters(function), *_engine_parameters(defaults)]
+        del command.__wrapped__  # its parameters are not the command's
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return command
+
+    return decorate
+
+
+def _own_parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    found = inspect.signature(function, eval_str=True).parameters.values()
+    return [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in found if p.name != "engine"]
+
+
+def _engine_parameters(defaults: dict[str, Any]) -> list[inspect.Parameter]:
+    hints = get_type_hints(EngineOptions, include_extras=True)
+    plain = EngineOptions(**defaults)
+    return [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=getattr(plain, name), annotation=hint)
+        for name, hint in hints.items()
+    ]

@@ -1,0 +1,82 @@
+"""`retrolm plan`: what reading a file will take, before it is read."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from .loading import load_engine, read_source, source_name
+from .options import EngineOptions, JsonFlag, SourceArgument, with_engine_options
+from .screen import OUT, count, print_json, seconds, show_table, size, waiting
+
+if TYPE_CHECKING:
+    from ..engine.model import RetroLM
+    from ..engine.plan import Plan
+
+QUESTION = "What is this text about?"
+
+
+@with_engine_options()
+def command(
+    engine: EngineOptions,
+    file: SourceArgument,
+    as_json: JsonFlag = False,
+) -> int:
+    """Say what reading a text will take: tokens, pages, memory, time. The text is counted, not read.
+
+    Sizes follow from the text and the model; speed and working memory are measured on one chunk of pages, which takes
+    a few seconds. Exits with 1 if the memory isn't there.
+    """
+    engine.check()
+    text = read_source(file)
+    from ..engine.plan import look_around, plan
+    from ..engine.preflight import check_questions, count_tokens
+
+    before = look_around()
+    lm = load_engine(engine)
+    num_tokens = count_tokens(lm, text)
+    check_questions(lm, num_tokens, [QUESTION])
+    with waiting("Measuring one chunk …"):
+        expected = plan(lm, num_tokens, QUESTION, before)
+    if as_json:
+        print_json(_as_json(file, engine.model, lm, expected))
+    else:
+        _show(source_name(file), engine.model, lm, expected)
+    return 0 if expected.fits else 1
+
+
+def _as_json(file: str, model: str, lm: RetroLM, expected: Plan) -> dict[str, Any]:
+    return {
+        "file": file,
+        "model": model,
+        "method": lm.method.name,
+        "retriever": lm.retriever_name,
+        "kv_budget": lm.config.kv_budget,
+        "page_size": lm.config.page_size,
+        **asdict(expected),
+        "tokens_per_s": expected.tokens_per_s,
+        "fits": expected.fits,
+    }
+
+
+def _show(name: str, model: str, lm: RetroLM, expected: Plan) -> None:
+    config, kv = lm.config, expected.kv_bytes
+    on_gpu = lm.device.type == "cuda"
+    rows = [
+        ("tokens", count(expected.num_tokens), f"in {count(expected.num_pages)} pages of {config.page_size}"),
+        ("attended", count(min(config.kv_budget, expected.num_tokens)), "tokens per layer at most"),
+        ("weights", size(expected.weights_bytes), f"{model}, {str(lm.backbone.dtype).removeprefix('torch.')}"),
+        ("page store", size(kv.device + kv.host), f"{size(kv.device)} device, {size(kv.host)} host"),
+        ("working set", size(expected.working_bytes), "activations, gathered pages, compact cache"),
+        ("program", size(expected.program_bytes), "Python and libraries"),
+    ]
+    if on_gpu:
+        rows.append(("GPU peak", size(expected.device_bytes), f"of {size(expected.free_device_bytes)} free"))
+    rows += [
+        ("memory peak", size(expected.host_bytes), f"of {size(expected.free_host_bytes)} free"),
+        ("reading", seconds(expected.read_s), f"{count(expected.tokens_per_s)} tokens/s"),
+        ("answering", seconds(expected.ttft_s), f"to the first token, then {1 / expected.tpot_s:.1f} tokens/s"),
+    ]
+    show_table(("expected", "", ""), rows, title=name, right=(1,))
+    if not expected.fits:
+        OUT.print("\nThis doesn't fit the memory that is free. Try --set store_dtype=bfloat16, or a smaller model.")

@@ -1,0 +1,96 @@
+"""What appears in the terminal: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+OUT = Console(highlight=False)
+ERR = Console(stderr=True, highlight=False)
+
+
+def error_line(message: str) -> None:
+    """Print one line of error on stderr, however long or broken the message is."""
+    ERR.print(Text.assemble(("error: ", "bold red"), " ".join(message.split())), soft_wrap=True)
+
+
+def note(message: str) -> None:
+    """Print a remark on stderr."""
+    ERR.print(Text(message, style="dim"))
+
+
+def print_json(value: Any) -> None:
+    """Print `value` as JSON on stdout, and nothing else."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None,
+               right: Sequence[int] = ()) -> None:  # fmt: skip
+    """Print a table on stdout; `right` names the columns (by number) that hold figures."""
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    OUT.print(table)
+
+
+@contextmanager
+def waiting(message: str) -> Iterator[None]:
+    """Show a spinner on stderr while something of unknown length runs."""
+    if not ERR.is_terminal:
+        yield
+        return
+    with ERR.status(Text(message, style="dim")):
+        yield
+
+
+@contextmanager
+def progress_bar(label: str, unit: str = "pages") -> Iterator[Callable[[int, int], None]]:
+    """Show a bar on stderr; yields the function to call with (done, total). Silent where stderr is no terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f} " + unit),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=ERR, transient=True, disable=not ERR.is_terminal) as progress:
+        task = progress.add_task(label, total=1, visible=False)
+
+        def update(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total, visible=True)
+
+        yield update
+
+
+def count(number: float) -> str:
+    """A whole number with separators: 12,345."""
+    return f"{number:,.0f}"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in a unit that suits: 45 MB, 1.53 GB."""
+    if num_bytes >= 1e9:
+        return f"{num_bytes / 1e9:.2f} GB"
+    return f"{num_bytes / 1e6:.0f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:.0f} kB"
+
+
+def seconds(value: float) -> str:
+    """Seconds in a unit that suits: 45 ms, 3.21 s, 4 min 5 s."""
+    if value >= 100:
+        return f"{value // 60:.0f} min {value % 60:.0f} s"
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.0f} ms"
+
+
+def snippet(text: str, width: int) -> str:
+    """The beginning of `text` on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 1].rstrip() + "…"

@@ -1,0 +1,63 @@
+"""The questions that come with the example book: read from the source checkout's `examples` folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .text_files import read_text_file
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+QUESTIONS_FILE = "questions.json"
+
+
+@dataclass(frozen=True)
+class ExpectedAnswer:
+    """A question and the answer that was written down beforehand."""
+
+    question: str
+    expected: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """A book, its opening, and questions to both.
+
+    Attributes:
+        text: what is read: the opening, or the whole book.
+    """
+
+    title: str
+    author: str
+    text: str
+    questions: tuple[ExpectedAnswer, ...]
+
+
+def load_example(whole_book: bool, folder: Path = EXAMPLES) -> Example:
+    """Read the example of a source checkout.
+
+    Raises:
+        UserError: the folder isn't there (an installed package has none), or lacks what it should hold.
+    """
+    path = folder / QUESTIONS_FILE
+    if not path.is_file():
+        raise UserError(
+            f"The demo needs the source checkout: {path} is missing. Clone the repository and run `make demo`."
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        questions = _questions(content["book_questions" if whole_book else "questions"])
+        book, opening_chars = folder / content["book"], int(content["opening_chars"])
+        title, author = str(content["title"]), str(content["author"])
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__} {error}"
+        raise UserError(f"{path} can't be used: {reason}. Restore it from the repository.") from None
+    text = read_text_file(book)
+    return Example(title, author, text if whole_book else text[:opening_chars], questions)
+
+
+def _questions(entries: list[dict[str, Any]]) -> tuple[ExpectedAnswer, ...]:
+    return tuple(ExpectedAnswer(str(entry["question"]), str(entry["expected"])) for entry in entries)
