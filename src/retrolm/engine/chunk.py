@@ -102,9 +102,7 @@ def text_group(
         num_past=list(ordinals),
         tokens=tokens,
         room=room,
-        end=[
-            max(start_position(table, n, r), _window_end(table, n, window)) for n, r in zip(ordinals, room, strict=True)
-        ],
+        end=[_end(table, n, r, config, window) for n, r in zip(ordinals, room, strict=True)],
         last_probe={} if last_probe is None else last_probe,
     )
 
@@ -116,11 +114,14 @@ def query_group(
     past, size = len(table), table.page_size
     room = room_for_past(table, past, len(tokens), config.kv_budget, config.strict_budget)
     lengths = torch.tensor([len(tokens[i : i + size]) for i in range(0, len(tokens), size)])
-    end = max(start_position(table, past, room), _window_end(table, past, window))
+    end = _end(table, past, room, config, window)
     return PageGroup(table, ids[None], lengths[None], [past], [tokens], [room], [end], pinned, is_query=True)
 
 
-def _window_end(table: PageTable, num_past: int, window: int) -> int:
-    """Tokens before a page that a sliding layer of `window` tokens may gather."""
+def _end(table: PageTable, num_past: int, room: int, config: RetroConfig, window: int) -> int:
+    """Compact position of a page's first token: behind the largest set that any layer gathers before it."""
     past_tokens = int(table.tokens_before[num_past]) if num_past < len(table) else table.num_tokens
-    return min(past_tokens, window + table.page_size) if window else 0
+    if config.first_layer_mode == "full" and config.num_skip_layers:
+        return past_tokens
+    in_window = min(past_tokens, window + table.page_size) if window else 0
+    return max(start_position(table, num_past, room), in_window)

@@ -53,6 +53,8 @@ class Encoder:
 
     def read(self, texts: list[PagedText], progress: Progress | None = None, logits: bool = False) -> list[Encoded]:
         """Encode all pages of all texts, a chunk at a time; texts advance side by side."""
+        for text in texts:
+            self._require_window(text.table.num_tokens)
         total = sum(len(text.pages) for text in texts)
         done, results = 0, []
         for chunk in self._chunks(texts):
@@ -66,6 +68,7 @@ class Encoder:
         """The group of one query page; raises `UserError` if the query leaves no room for the text."""
         group = query_group(table, ids, tokens, self.parts.config, self.kept_window, pinned)
         require_room(group, self.parts.config)
+        self._require_window(table.num_tokens + len(tokens))
         return group
 
     @torch.no_grad()
@@ -93,6 +96,15 @@ class Encoder:
         captures = [capture for capture in program.captures if capture is not None]
         return Encoded(captures, program.peak_attended, found)
 
+    def _require_window(self, num_tokens: int) -> None:
+        """A layer that attends the whole text can't take a text longer than the model's window."""
+        config, window = self.parts.config, self.parts.backbone.window
+        if config.first_layer_mode == "full" and config.num_skip_layers and num_tokens > window:
+            raise UserError(
+                f"first_layer_mode='full' attends all {num_tokens} tokens in the first layer, but the model's window "
+                f"is {window}. Use first_layer_mode='recent' or 'mean_key', or a shorter text."
+            )
+
     def _chunks(self, texts: list[PagedText]) -> Iterator[Chunk]:
         share = max(1, self.parts.config.chunk_pages // max(len(texts), 1))
         probes: list[dict[int, Tensor]] = [{} for _ in texts]
@@ -111,6 +123,6 @@ def require_room(query: PageGroup, config: RetroConfig) -> None:
     needed = min(max(1, config.num_local_pages) + len(query.pinned), max(len(table) - table.num_sink, 0))
     if query.room[0] < needed:
         raise UserError(
-            f"The question takes {len(query.tokens[0])} tokens and leaves room for {max(query.room[0], 0)} pages of the "
-            f"text in kv_budget={config.kv_budget}; at least {needed} needed. Shorten it or raise kv_budget."
+            f"The question takes {len(query.tokens[0])} tokens and leaves room for {max(query.room[0], 0)} pages of "
+            f"the text in kv_budget={config.kv_budget}; at least {needed} needed. Shorten it or raise kv_budget."
         )

@@ -72,6 +72,12 @@ class PrefillParts:
             return self.method
         return METHODS.get("mean_key" if self.config.first_layer_mode == "mean_key" else "recency")()
 
+    def room(self, layer: int, group: PageGroup) -> list[int]:
+        """How many pages besides the sinks each page of `group` may attend in a layer."""
+        if layer < self.config.num_skip_layers and self.config.first_layer_mode == "full":
+            return [max(past - group.table.num_sink, 0) for past in group.num_past]
+        return group.room
+
 
 class PrefillProgram:
     """The forward pass of one chunk (a `Program` for `Attachment.run`)."""
@@ -158,7 +164,8 @@ class PrefillProgram:
             pinned = torch.zeros(num_past, dtype=torch.bool, device=scores.device)
             pinned[list(group.pinned)] = True
         config = self.parts.config
-        chosen = choose_pages(scores, group.num_past, group.room, group.table.num_sink, config.num_local_pages, pinned)
+        room = self.parts.room(layer, group)
+        chosen = choose_pages(scores, group.num_past, room, group.table.num_sink, config.num_local_pages, pinned)
         if layer + 1 < self.parts.backbone.num_layers:
             self.parts.store.prefetch(layer + 1, group.table.ids.to(chosen.device)[chosen[-1].clamp(min=0)])
         return chosen, scores
@@ -203,7 +210,7 @@ class PrefillProgram:
         sliding = not self.parts.backbone.retrieves(layer)
         counts = [
             int((chosen[i] >= 0).sum()) if sliding else min(past, min(group.table.num_sink, past) + max(room, 0))
-            for i, (past, room) in enumerate(zip(group.num_past, group.room, strict=True))
+            for i, (past, room) in enumerate(zip(group.num_past, self.parts.room(layer, group), strict=True))
         ]
         keys = [(count, int(own), end) for count, own, end in zip(counts, group.lengths.sum(1), group.end, strict=True)]
         # A CPU works fastest on one page's set at a time, which fits its caches; a GPU on many.

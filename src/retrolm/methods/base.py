@@ -27,7 +27,7 @@ class PageTensors:
         ordinals: index of each page in its document, int64 [N].
         bookmark_q_NHD, bookmark_k_NKD: the bookmarks' rows, if the method asks for bookmarks.
         key_bias_KD: constant part of the model's key projection, or None. Subtracting it from a key changes no
-            ranking, and keeps low-precision keys apart.
+            ranking before RoPE, and keeps low-precision keys apart.
         page_cos, page_sin: RoPE tables at each page's true start, [N, R]; only if `score_rope` is on.
     """
 

@@ -21,7 +21,8 @@ class BookmarkMethod(PageMethod):
     def digest(self, pages: PageTensors) -> Tensor:
         assert pages.bookmark_k_NKD is not None
         keys = pages.bookmark_k_NKD
-        if pages.key_bias_KD is not None:
+        # Only before RoPE is the bias the same constant in every page's score.
+        if pages.key_bias_KD is not None and pages.page_cos is None:
             keys = keys - pages.key_bias_KD
         return _placed(keys, pages).flatten(1)
 

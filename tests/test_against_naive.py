@@ -1,0 +1,170 @@
+"""F3: budgets smaller than the text, against an independent naive implementation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from naive_reference import NaiveOptions, NaivePage, NaiveRetroLM
+from retrolm.config import RetroConfig
+from retrolm.engine.model import RetroLM
+from retrolm.retriever import PageRetriever, RetrieverCard
+from tiny_models import EOS, exact_model, random_ids, wide_softmax
+
+W = 8
+TOLERANCE = 3e-6  # stock norms compute in float32 even for a float64 model
+
+
+def random_retriever(lm: RetroLM, rank: int, seed: int = 3) -> PageRetriever:
+    """A retriever whose every delta and embedding is non-zero."""
+    torch.manual_seed(seed)
+    shapes = lm.backbone.projection_shapes()
+    card = RetrieverCard(lm.backbone.fingerprint(), rank, W)
+    retriever = PageRetriever(shapes, torch.randn(lm.backbone.hidden_size), card)
+    with torch.no_grad():
+        for value in retriever.deltas.parameters():
+            value.copy_(torch.randn(value.shape) * (0.5 if rank else 0.2))
+    return retriever
+
+
+def delta_matrices(lm: RetroLM, retriever: PageRetriever | None) -> dict[tuple[int, str], Tensor]:
+    if retriever is None:
+        return {}
+    found = {}
+    for shape in lm.backbone.projection_shapes():
+        delta: Any = retriever.deltas[shape.key]
+        matrix = delta.up.double() @ delta.down.double() if retriever.card.rank else delta.weight.double()
+        found[shape.layer, shape.name] = matrix.detach()
+    return found
+
+
+def pair(name: str, rank: int | None = 0, **options: Any) -> tuple[RetroLM, NaiveRetroLM]:
+    """The engine and the naive implementation on one model, with a random retriever unless `rank` is None."""
+    model = exact_model(name)
+    lm = RetroLM(model, config=RetroConfig.from_options({"page_size": W, "chunk_pages": 3, **options}))
+    retriever = None if rank is None else random_retriever(lm, rank)
+    if retriever is not None:
+        lm.use_retriever(retriever)
+    known = {key: value for key, value in options.items() if key in NaiveOptions.__dataclass_fields__}
+    bookmark = model.get_input_embeddings()(torch.tensor(EOS)) if retriever is None else retriever.embedding
+    naive = NaiveRetroLM(
+        model, NaiveOptions(**{"page_size": W, **known}), bookmark.detach(), delta_matrices(lm, retriever)
+    )
+    return lm, naive
+
+
+def cut(ids: list[int]) -> list[list[int]]:
+    return [ids[i : i + W] for i in range(0, len(ids), W)]
+
+
+def check_reading(lm: RetroLM, naive: NaiveRetroLM, num_tokens: int = 75) -> None:
+    """Logits of all tokens agree, and some page had to do without some past page."""
+    ids = random_ids(num_tokens)
+    with wide_softmax():
+        found = lm.logits(ids)
+    expected = torch.cat([torch.from_numpy(page.logits) for page in naive.read(cut(ids.tolist()))])
+    assert any(len(chosen) < number for number, page in enumerate(naive.pages) for chosen in page.selected)
+    assert (found - expected).abs().max() <= TOLERANCE
+
+
+FAMILIES = [
+    *("llama", "llama-mha", "llama-mqa", "llama-yarn", "mistral-sliding", "qwen2", "qwen2-sliding", "qwen3"),
+    *("phi3", "gemma2", "gemma3"),
+]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family(name: str) -> None:
+    check_reading(*pair(name, kv_budget=4 * W))
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"strict_budget": False},
+    {"num_local_pages": 0},
+    {"num_local_pages": 2},
+    {"bookmark_span": "page"},
+    {"first_layer_mode": "mean_key", "num_skip_layers": 2},
+    {"first_layer_mode": "full"},
+    {"num_skip_layers": 0},
+    {"causal_selection": True},
+    {"causal_selection": True, "first_layer_mode": "mean_key"},
+    {"score_rope": True},
+    {"kv_budget": 4 * W + 5},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("name", ["qwen2", "llama-mqa"])
+def test_every_option(name: str, options: dict[str, Any]) -> None:
+    check_reading(*pair(name, **{"kv_budget": 4 * W, **options}))
+
+
+@pytest.mark.parametrize("score_rope", [False, True])
+def test_large_key_bias(score_rope: bool) -> None:
+    """Qwen2's key biases reach 211: a constant before RoPE, not after."""
+    lm, naive = pair("qwen2", kv_budget=5 * W, score_rope=score_rope)
+    with torch.no_grad():
+        for layer in lm.backbone.layers:
+            layer.attention.k_proj.bias *= 30
+    check_reading(lm, naive)
+
+
+@pytest.mark.parametrize("rank", [None, 0, 4])
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_untrained_full_and_low_rank_retrievers(name: str, rank: int | None) -> None:
+    check_reading(*pair(name, rank, kv_budget=4 * W))
+
+
+class Recorder(LogitsProcessor):
+    """Keeps the logits of every generated token."""
+
+    def __init__(self) -> None:
+        self.logits: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.logits.append(scores.clone())
+        return scores
+
+
+@pytest.mark.parametrize("question_tokens", [1, 5, W, W + 3])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral-sliding", "gemma2", "gemma3", "phi3"])
+def test_question_page_and_decoding(name: str, question_tokens: int) -> None:
+    """A text with a short last page, a question of odd length and 12 generated tokens, against the naive decode."""
+    lm, naive = pair(name, kv_budget=5 * W)
+    text, question = random_ids(67).tolist(), random_ids(question_tokens, 5).tolist()
+    with wide_softmax():
+        document = lm.read(torch.tensor(text))
+        query, logits = generate(lm, document, question)
+    naive.read(cut(text))
+    page = naive.ask(question, query.generated)
+    expected = torch.from_numpy(page.logits[len(question) - 1 : -1])
+    assert (logits - expected).abs().max() <= TOLERANCE
+    check_choices(lm, query.choices, page)
+
+
+def generate(lm: RetroLM, document: Any, question: list[int]) -> tuple[Any, Tensor]:
+    """The query after 12 greedy tokens, and their logits [12, vocabulary]."""
+    from retrolm.engine.generation import Query
+
+    query, recorder = Query(document.table, question), Recorder()
+    options = {"do_sample": False, "logits_processor": [recorder], "eos_token_id": None}
+    lm._generator(document.encoder).run([query], 12, options)
+    return query, torch.cat(recorder.logits)
+
+
+def check_choices(lm: RetroLM, choices: list[Any], page: NaivePage) -> None:
+    for layer, choice in enumerate(choices):
+        if not lm.backbone.retrieves(layer):
+            continue
+        assert choice.ordinals.tolist() == page.selected[layer]
+        if layer:
+            assert same_up_to_a_constant(choice.scores, page.scores[layer])
+
+
+def same_up_to_a_constant(found: Tensor, expected: list[float]) -> bool:
+    difference = found - torch.tensor(expected)
+    return bool((difference - difference.mean()).abs().max() < 1e-4)
