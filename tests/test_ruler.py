@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -62,6 +63,7 @@ def _questions(text: str) -> list[dict[str, Any]]:
 def _hotpot_row(number: int) -> dict[str, Any]:
     titles = [f"Title {number}.{part}" for part in range(3)]
     return {
+        "_id": str(number),
         "question": f"What links {number}?",
         "answer": f"link {number}",
         "context": [[title, [f"{title} is a text.", f" It holds link {number}."]] for title in titles],
@@ -272,7 +274,7 @@ def test_unanswerable_questions_are_left_out(data_dir: Path) -> None:
 def test_depths_are_the_official_ones_and_all_occur() -> None:
     essay = Essay(STORY * 40, "story")
     generator = NeedleGenerator(NEEDLE_TASKS["niah_single_2"], 4096, essay)
-    places = {generator.draft(2000, 0, random.Random(seed)).extra["places"][0] for seed in range(600)}
+    places = {generator.draft(2000, 0, random.Random(seed)).extra["depths"][0] for seed in range(600)}
     assert places == {float(depth) for depth in DEPTHS}
     assert (len(DEPTHS), DEPTHS[0], DEPTHS[1], DEPTHS[-1]) == (40, 0, 3, 100)
 
@@ -335,6 +337,21 @@ def test_files_can_be_given_as_options(data_dir: Path, tmp_path: Path) -> None:
         TASKS["qa_1"].with_options({"squad_fil": "x"})
     with pytest.raises(UserError, match="does not exist"):
         TASKS["qa_2"].with_options({"hotpot_file": tmp_path / "no.json"}).samples(tiny_tokenizer(), 900, 1)
+
+
+def test_haystack_from_packed_books(data_dir: Path, tmp_path: Path) -> None:
+    rows = "".join(json.dumps({"title": title, "text": STORY}) + "\n" for title in "ab")
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "books.jsonl.zst").write_bytes(zstandard.compress(rows.encode()))
+    (tmp_path / "books" / "README.txt").write_text("not part of the text")
+    books = TASKS["niah_single_2"].samples(tiny_tokenizer(), 1200, 1, data_dir=tmp_path)[0]
+    assert books.extra["haystack"] == "books"
+    (tmp_path / "two.txt").write_text(STORY * 2)
+    plain = TASKS["niah_single_2"].with_options({"essays": tmp_path / "two.txt"}).samples(tiny_tokenizer(), 1200, 1)[0]
+    assert books.context == plain.context
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="No text in"):
+        TASKS["niah_single_2"].with_options({"essays": tmp_path / "empty"}).samples(tiny_tokenizer(), 1200, 1)
 
 
 def test_scores_are_shares_of_references() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import NamedTuple
 
 from ...errors import UserError
 from .generator import Draft, Generator
@@ -14,33 +15,59 @@ _FILLED = 0.9
 
 
 class TooLongError(UserError):
-    """A sample can't be made as short as asked for."""
+    """A sample can't be made as short as asked for; it needs a length of `needed` tokens."""
+
+    def __init__(self, length: int, prompt_tokens: int, answer_tokens: int) -> None:
+        self.needed = prompt_tokens + answer_tokens
+        super().__init__(
+            f"{length} tokens are too few: the smallest prompt takes {prompt_tokens}, and {answer_tokens} are kept "
+            f"for the answer. Ask for a length of at least {self.needed}."
+        )
 
 
-def largest_fitting(tokens_of: Callable[[int], float], budget: float, smallest: int, largest: int | None = None) -> int:
+def largest_fitting(
+    tokens_of: Callable[[int], float], budget: float, smallest: int, largest: int | None = None, guess: int = 1
+) -> int:
     """Largest size whose tokens stay within the budget, for a count that grows with size; at least `smallest`.
 
-    Guesses by the slope so far, and by halves if that doesn't end; a benchmark's binary search finds the same size.
+    Starts from `guess`, goes on by the slope so far, and by halves if that doesn't end. A benchmark's binary search
+    finds the same size.
     """
-    low, low_tokens = smallest, tokens_of(smallest)
-    high, high_tokens = low, low_tokens
-    while high_tokens <= budget and high != largest:
-        low, low_tokens = high, high_tokens
-        high = 2 * high + 1 if largest is None else min(2 * high + 1, largest)
-        high_tokens = tokens_of(high)
-    if high_tokens <= budget:
-        return high
-    for probe in range(high):
-        if high - low <= 1:
+    low = _Probe(smallest, tokens_of(smallest))
+    if low.tokens > budget:
+        return smallest
+    low, high = _bracket(tokens_of, budget, low, largest, guess)
+    for number in range(high.size if high else 0):
+        assert high is not None
+        if high.size - low.size <= 1:
             break
-        guess = low + int((budget - low_tokens) * (high - low) / (high_tokens - low_tokens))
-        middle = (low + high) // 2 if probe > _INTERPOLATIONS else min(max(guess, low + 1), high - 1)
-        tokens = tokens_of(middle)
-        if tokens <= budget:
-            low, low_tokens = middle, tokens
-        else:
-            high, high_tokens = middle, tokens
-    return low
+        size = low.size + int((budget - low.tokens) * (high.size - low.size) / (high.tokens - low.tokens))
+        size = (low.size + high.size) // 2 if number > _INTERPOLATIONS else size
+        size = min(max(size, low.size + 1), high.size - 1)
+        probe = _Probe(size, tokens_of(size))
+        low, high = (probe, high) if probe.tokens <= budget else (low, probe)
+    return low.size
+
+
+class _Probe(NamedTuple):
+    size: int
+    tokens: float
+
+
+def _bracket(
+    tokens_of: Callable[[int], float], budget: float, low: _Probe, largest: int | None, guess: int
+) -> tuple[_Probe, _Probe | None]:
+    """Return a size that fits and one that doesn't; `None` for the latter if even `largest` fits."""
+    size = max(guess, low.size + 1)
+    while low.size != largest:
+        size = size if largest is None else min(size, largest)
+        probe = _Probe(size, tokens_of(size))
+        if probe.tokens > budget:
+            return low, probe
+        growth = max((probe.tokens - low.tokens) / (probe.size - low.size), 1e-3)
+        size = probe.size + min(int(1.02 * (budget - probe.tokens) / growth) + 1, 4 * probe.size + 4)
+        low = probe
+    return low, None
 
 
 class Fitter:
@@ -63,6 +90,8 @@ class Fitter:
         self._seed_name = seed_name
         self._chat = chat
         self._common_size: int | None = None
+        self._guess = 1
+        self._ratio: float | None = None  # estimated to exact tokens
 
     def sample(self, index: int) -> tuple[Draft, int]:
         """Make sample `index`; returns it with the number of its prompt's tokens.
@@ -91,18 +120,25 @@ class Fitter:
                 self._check_filled(index, size, tokens)
                 return draft, tokens
             if size == smallest:
-                raise self._too_long(index, tokens)
+                raise TooLongError(self._length, tokens, self._answer_tokens)
             size = max(size - self._generator.step, smallest)
 
     def _fitting_size(self, index: int) -> int:
         """Largest size at which the sample fits, by estimated tokens that are calibrated once."""
         assert self._length is not None
         limits = self._generator.smallest(index), self._generator.largest(index)
+        if limits[0] == limits[1]:
+            return limits[0]
         budget = self._length - self._answer_tokens
-        size = largest_fitting(lambda units: self._estimate(index, units), budget, *limits)
-        text = self._text(self._draft(index, size))
-        ratio = self._counter.estimate(text) / self._counter.exact(text)
-        return largest_fitting(lambda units: self._estimate(index, units), budget * ratio, *limits)
+        if self._ratio is None:
+            self._guess = self._search(index, budget, limits)
+            text = self._text(self._draft(index, self._guess))
+            self._ratio = self._counter.estimate(text) / self._counter.exact(text)
+        self._guess = self._search(index, budget * self._ratio, limits)
+        return self._guess
+
+    def _search(self, index: int, budget: float, limits: tuple[int, int | None]) -> int:
+        return largest_fitting(lambda size: self._estimate(index, size), budget, *limits, guess=self._guess)
 
     def _natural_size(self, index: int) -> int:
         size = self._generator.natural_size(index)
@@ -112,18 +148,11 @@ class Fitter:
 
     def _check_filled(self, index: int, size: int, tokens: int) -> None:
         used = tokens + self._answer_tokens
-        if size == self._generator.largest(index) and used < _FILLED * (self._length or 0):
+        if self._generator.fills and size == self._generator.largest(index) and used < _FILLED * (self._length or 0):
             raise UserError(
                 f"The texts at hand fill {used} of {self._length} tokens. Ask for a length of at most {used}, "
                 f"or give a data folder with more text."
             )
-
-    def _too_long(self, index: int, tokens: int) -> TooLongError:
-        needed = tokens + self._answer_tokens
-        return TooLongError(
-            f"{self._length} tokens are too few: the smallest prompt of sample {index} takes {tokens}, and "
-            f"{self._answer_tokens} are kept for the answer. Ask for a length of at least {needed}."
-        )
 
     def _estimate(self, index: int, size: int) -> int:
         return self._counter.estimate(self._text(self._draft(index, size)))

@@ -62,18 +62,18 @@ class GeneratedTask(Task):
 
     def _make(self, generator: Generator, fitter: Fitter, count: int, length: int | None) -> list[EvalSample]:
         samples: list[EvalSample] = []
-        reason: TooLongError | None = None
+        too_long: list[TooLongError] = []
         for index in range(generator.num_samples() or count):
             if len(samples) == count:
                 break
             try:
                 samples.append(self._sample(index, length, *fitter.sample(index)))
             except TooLongError as error:
+                too_long.append(error)
                 if not generator.fit_each:
                     raise
-                reason = reason or error
-        if reason and not samples:
-            raise reason
+        if not samples:
+            raise min(too_long, key=lambda error: error.needed)
         return samples
 
     def _sample(self, index: int, length: int | None, draft: Draft, num_tokens: int) -> EvalSample:

@@ -28,10 +28,12 @@ class Generator(ABC):
         step: units that a sample loses when it turns out too long.
         fit_each: fit every sample by itself; else all start from the size that fits sample 0, as RULER does. Samples
             that can't be made short enough are then left out instead of refused.
+        fills: samples are meant to fill the length; else they only must not exceed it.
     """
 
     step: int = 1
     fit_each: ClassVar[bool] = False
+    fills: ClassVar[bool] = True
 
     @abstractmethod
     def draft(self, size: int, index: int, rng: random.Random) -> Draft:

@@ -94,7 +94,7 @@ class HiddenKeyGenerator(SyntheticGenerator):
         text = NOISE * place + line + NOISE * (size - place)
         context, question = split_template(self.template, text, question=self._question)
         depth = round(100 * place / size, 1) if size else 0.0
-        return Draft(context, question, "", [key], find_spans(context, [line.rstrip()]), {"places": [depth]})
+        return Draft(context, question, "", [key], find_spans(context, [line.rstrip()]), {"depths": [depth]})
 
 
 class PasskeyGenerator(HiddenKeyGenerator):

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ....errors import UserError
-from ..files import Source, find_file, read_json, read_rows
+from ..files import Source, find_file
 from ..generator import Draft, Generator, split_template
+from ..qa_files import HopParagraph, SquadQuestion, read_multihop, read_squad
 
 TEMPLATE = (
     "Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\n"
@@ -117,56 +118,38 @@ def _spans(question: Question, shown: list[int], blocks: list[str], start: int) 
 def load_squad(path: Path | str | None, data_dir: Path | str | None) -> QuestionSet:
     """Read answerable questions of a SQuAD-format file; raises `UserError` if it is missing or of another format."""
     place = find_file(SQUAD, data_dir) if path is None else Path(path)
-    content = _content(place, SQUAD)
-    if not isinstance(content, dict) or "data" not in content:
-        raise UserError(f"{place} isn't in SQuAD format: expected an object with 'data'. {SQUAD.how}")
-    documents = sorted({paragraph["context"] for article in content["data"] for paragraph in article["paragraphs"]})
+    paragraphs = read_squad(place)
+    documents = sorted({paragraph.text for paragraph in paragraphs})
     number = {text: index for index, text in enumerate(documents)}
     questions = []
-    for article in content["data"]:
-        article_documents = [number[paragraph["context"]] for paragraph in article["paragraphs"]]
-        for paragraph in article["paragraphs"]:
-            gold = number[paragraph["context"]]
-            related = [document for document in article_documents if document != gold]
-            questions += [_squad_question(row, gold, related) for row in paragraph["qas"] if row["answers"]]
+    for paragraph in paragraphs:
+        article = [number[other.text] for other in paragraphs if other.article == paragraph.article]
+        gold = number[paragraph.text]
+        related = [document for document in article if document != gold]
+        questions += [_squad_question(question, gold, related) for question in paragraph.questions]
     return QuestionSet(questions, documents, place.name)
 
 
-def _squad_question(row: dict[str, Any], gold: int, related: list[int]) -> Question:
-    answers = list(dict.fromkeys(answer["text"] for answer in row["answers"]))
-    first = row["answers"][0]
-    span = (gold, first["answer_start"], first["answer_start"] + len(first["text"]))
-    return Question(row["question"], answers, [gold], related, [span])
+def _squad_question(question: SquadQuestion, gold: int, related: list[int]) -> Question:
+    start, length = question.start, len(question.answers[0])
+    spans = [] if start is None else [(gold, start, start + length)]
+    return Question(question.text, question.answers, [gold], related, spans)
 
 
 def load_hotpot(path: Path | str | None, data_dir: Path | str | None) -> QuestionSet:
-    """Read a HotpotQA distractor file (official .json, or rows with `paragraphs`); raises `UserError` as above."""
+    """Read HotpotQA questions with their ten documents; raises `UserError` as `load_squad` does."""
     place = find_file(HOTPOT, data_dir) if path is None else Path(path)
-    if not place.exists():
-        raise UserError(f"{place} does not exist. {HOTPOT.how}")
-    rows = [_hotpot_row(row, place) for row in read_rows(place)]
-    documents = sorted({text for _, _, texts, _ in rows for text in texts})
+    rows = read_multihop(place)
+    documents = sorted({_document(part) for row in rows for part in row.paragraphs})
     number = {text: index for index, text in enumerate(documents)}
     questions = []
-    for question, answer, texts, support in rows:
-        spans = [(number[text], 0, len(text)) for text in texts if text in support]
-        questions.append(Question(question, [answer], [number[text] for text in texts], [], spans))
+    for row in rows:
+        gold = {_document(part) for part in row.paragraphs if part.gold}
+        shown = list(dict.fromkeys(number[_document(part)] for part in row.paragraphs))
+        spans = [(number[text], 0, len(text)) for text in sorted(gold)]
+        questions.append(Question(row.text, row.answers, shown, [], spans))
     return QuestionSet(questions, documents, place.name)
 
 
-def _hotpot_row(row: dict[str, Any], place: Path) -> tuple[str, str, list[str], set[str]]:
-    """Return (question, answer, documents, supporting documents)."""
-    if "context" in row:
-        titles = {title for title, _ in row["supporting_facts"]}
-        texts = {title: f"{title}\n{''.join(sentences)}" for title, sentences in row["context"]}
-        return row["question"], row["answer"], list(texts.values()), {texts[t] for t in titles if t in texts}
-    if "paragraphs" not in row:
-        raise UserError(f"{place} isn't in HotpotQA format: rows need 'context' or 'paragraphs'. {HOTPOT.how}")
-    pairs = {f"{part['title']}\n{part['text']}": part["is_supporting"] for part in row["paragraphs"]}
-    return row["question"], row["answers"][0], list(pairs), {text for text, gold in pairs.items() if gold}
-
-
-def _content(place: Path, source: Source) -> Any:
-    if not place.exists():
-        raise UserError(f"{place} does not exist. {source.how}")
-    return read_json(place)
+def _document(part: HopParagraph) -> str:
+    return f"{part.title}\n{part.text}"

@@ -104,12 +104,12 @@ class NeedleGenerator(Generator):
         asked = rng.sample(list(values), config.num_queries)
         gold = [NEEDLE.format(kind=config.values, key=key, value=value) for key in asked for value in values[key]]
         rng.shuffle(needles)
-        text, places = self._hide(needles, size, set(values), rng)
+        text, depths = self._hide(needles, size, set(values), rng)
         template, prefix, kind = template_of(config)
         query = _enumerate(asked)
         context, question = split_template(template, text, kind=kind, query=query)
         answers = [value for key in asked for value in values[key]]
-        extra = {"haystack": self._essay.source if self._essay else config.haystack, "places": places}
+        extra = {"haystack": self._essay.source if self._essay else config.haystack, "depths": depths}
         prefix = prefix.format(kind=kind, query=query)
         return Draft(context, question, prefix, answers, find_spans(context, gold), extra)
 
