@@ -174,7 +174,7 @@ def test_a_failing_hub_is_an_error_with_a_way_out(monkeypatch: pytest.MonkeyPatc
         raise OSError("no network")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    with pytest.raises(UserError, match="no network.*unpack it"):
+    with pytest.raises(UserError, match=r"no network.*unpack it"):
         _samples("qasper", Path("hub"))
 
 
