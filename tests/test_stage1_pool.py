@@ -94,6 +94,19 @@ def test_preparing_twice_gives_the_same_bytes(tmp_path: Path, pool: TokenPool) -
     assert manifest["files"] == pool.manifest["files"]
 
 
+def test_the_same_question_never_gets_its_other_answers_as_negatives(tmp_path: Path) -> None:
+    texts = [f"Ada keeps bees near pond {n}." for n in range(6)]
+    rows = [{"query": "where does ADA keep bees", "pos": [texts[0]], "neg": [texts[1], texts[2]]}]
+    rows += [{"query": "Where does Ada keep bees", "pos": [texts[1]]}, {"query": "pond", "pos": texts[3:]}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    source = {"name": "bees", "path": "rows.jsonl", "format": "flagembedding"}
+    config = tiny_config(sources=[source], weights={"bees": 1}, exclude=[], dev_fraction=0.0)
+    prepare_pool(config, tiny_tokenizer(), tmp_path / "pool", tmp_path)
+    pool = TokenPool(tmp_path / "pool")
+    negatives = [{text(pool.passage(int(i))) for i in pool.row(row).negatives} for row in (0, 1)]
+    assert negatives[0] == {texts[2]} and negatives[1] and not {texts[0], texts[1]} & negatives[1]
+
+
 def test_negatives_can_come_from_an_embedder(tmp_path: Path) -> None:
     write_corpus(tmp_path)
 

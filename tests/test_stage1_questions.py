@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retrolm.errors import UserError
-from retrolm.planting import words
+from retrolm.planting import random_facts, words
 from retrolm.training.data.chains import draw_chains
 from retrolm.training.data.config import PASSAGE_QUERY_KINDS
 from retrolm.training.data.fact_wordings import draw_line_wording, draw_wording
-from retrolm.training.data.facts import draw_quiz
+from retrolm.training.data.facts import draw_quiz, quiz_on, with_decoys
 from retrolm.training.data.mining import BM25Miner, EmbeddingMiner
 from retrolm.training.data.overlap import EvaluationTexts, file_texts
 from retrolm.training.data.passage_queries import cloze_question, common_words, keyword_question, passage_query
@@ -89,6 +89,18 @@ def test_quizzes_ask_for_what_they_state(seed: int, keys: int) -> None:
     assert len(quiz.statements) == len(quiz.is_evidence) >= keys and any(quiz.is_evidence)
     assert "{" not in "".join([quiz.question, quiz.answer_prefix]) and not any("{key}" in s for s in quiz.statements)
     assert len(set(quiz.statements)) == len(quiz.statements)
+
+
+@given(seed=st.integers(0, 400))
+def test_decoys_are_about_the_asked_key_and_no_evidence(seed: int) -> None:
+    rng = random.Random(seed)
+    wording = draw_wording(rng)
+    plain = quiz_on(rng, wording, random_facts(rng, 3, wording.key_kinds[0], wording.value_kinds[0]))
+    decoyed = with_decoys(rng, plain, wording)
+    added = [text for text in decoyed.statements if text not in plain.statements]
+    assert all(any(key in text for key in plain.asked) for text in added)
+    evidence = [text for text, wanted in zip(decoyed.statements, decoyed.is_evidence, strict=True) if wanted]
+    assert evidence == [text for text, wanted in zip(plain.statements, plain.is_evidence, strict=True) if wanted]
 
 
 @given(seed=st.integers(0, 400), count=st.integers(1, 7))

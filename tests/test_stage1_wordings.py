@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-import retrolm.evaluation.tasks
+import retrolm.evaluation
 from retrolm.engine.prompts import QUESTION_TEMPLATE
 from retrolm.training.data import (
     chains,
@@ -75,8 +75,8 @@ def sequences(template: str) -> set[tuple[str, ...]]:
 
 
 def evaluation_templates() -> set[str]:
-    """Return the strings among the constants of all evaluation tasks."""
-    package = retrolm.evaluation.tasks
+    """Return the strings among the constants of all evaluation modules."""
+    package = retrolm.evaluation
     names = [info.name for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
     found = {text for name in names for text in wordings(importlib.import_module(name))}
     filled = {text.replace("{kind}", kind) for text in found for kind in ("numbers", "number", "words", "uuids")}

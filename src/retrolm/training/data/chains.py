@@ -72,20 +72,20 @@ RELATIONS = (
         "word_pair",
         "city",
         ("The {a} is kept in {b}.", "Visitors can see the {a} in {b}."),
-        "the town that keeps the {a}",
+        "the town that keeps {a}",
     ),
     Relation(
         "word_pair",
         "person",
         ("The {a} was designed by {b}.", "It was {b} who drew up the {a}."),
-        "the designer of the {a}",
+        "the designer of {a}",
     ),
     Relation("person", "number", ("{a} can be reached at extension {b}.",), "the extension of {a}"),
     Relation("person", "date", ("{a} was born on {b}.",), "the birth date of {a}"),
     Relation("city", "date", ("The fair of {a} opens on {b}.",), "the opening day of the fair of {a}"),
     Relation("city", "measure", ("The tower of {a} measures {b}.",), "the size of the tower in {a}"),
     Relation("invented", "plate", ("Contract {b} was signed with {a}.",), "the contract signed with {a}"),
-    Relation("word_pair", "hex", ("The {a} carries the engraving {b}.",), "the engraving on the {a}"),
+    Relation("word_pair", "hex", ("The {a} carries the engraving {b}.",), "the engraving on {a}"),
 )
 _ASKING = {"person": "Who is {phrase}?", "city": "Which town or city is {phrase}?"}
 _ASKING_OTHERS = ("What is {phrase}?", "Name {phrase}.", "Find out {phrase}.")
@@ -159,7 +159,7 @@ class _Entities:
 
 def _chain(rng: random.Random, path: list[Relation], entities: _Entities) -> Chain:
     subject = entities.draw(path[0].subject)
-    phrase = subject
+    phrase = f"the {subject}" if path[0].subject == "word_pair" else subject
     statements = []
     for relation in path:
         following = entities.draw(relation.object)

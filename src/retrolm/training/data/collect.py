@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,9 +61,12 @@ def collect(config: Stage1DataConfig, data_root: Path, embed: Embed | None = Non
             counts = found.counts.setdefault(source.name, RowCounts())
             _collect_source(source, config, data_root, evaluation, found, counts)
     found.rows = _without_leaks(found)
+    rivals = _answering(found.rows)
+    for row in found.rows:
+        row.negatives = _others(row.negatives, rivals[content_hash(row.query)])
     found.common = common_words(passage.text for passage in found.passages)
     made = _made_questions(config, found)
-    _mine(config, found.passages, [*found.rows, *made], embed)
+    _mine(config, found.passages, [*found.rows, *made], rivals, embed)
     found.rows += [row for row in made if row.negatives]
     return found
 
@@ -137,7 +140,7 @@ def _collected(
     return CollectedRow(row.source, split, row.query, positives, _others(negatives, positives), row.answers)
 
 
-def _others(indices: Sequence[int], without: Sequence[int]) -> list[int]:
+def _others(indices: Sequence[int], without: Container[int]) -> list[int]:
     return [index for index in dict.fromkeys(indices) if index not in without]
 
 
@@ -163,6 +166,14 @@ def _without_leaks(found: Collection) -> list[CollectedRow]:
         else:
             kept.append(row)
     return kept
+
+
+def _answering(rows: Sequence[CollectedRow]) -> dict[int, set[int]]:
+    """Question (by hash) -> positives of all rows that ask it: none of them is a fair negative for the others."""
+    found: dict[int, set[int]] = defaultdict(set)
+    for row in rows:
+        found[content_hash(row.query)].update(row.positives)
+    return found
 
 
 def _made_questions(config: Stage1DataConfig, found: Collection) -> list[CollectedRow]:
@@ -193,7 +204,13 @@ def _questions_about(
             yield CollectedRow(kind, split, made.query, [index], [], cut=made.cut)
 
 
-def _mine(config: Stage1DataConfig, passages: PassageSpool, rows: Sequence[CollectedRow], embed: Embed | None) -> None:
+def _mine(
+    config: Stage1DataConfig,
+    passages: PassageSpool,
+    rows: Sequence[CollectedRow],
+    rivals: Mapping[int, set[int]],
+    embed: Embed | None,
+) -> None:
     """Give rows without hard negatives some, from all passages."""
     bare = [row for row in rows if not row.negatives]
     if not bare or not config.mined_negatives:
@@ -203,7 +220,7 @@ def _mine(config: Stage1DataConfig, passages: PassageSpool, rows: Sequence[Colle
     for batch in in_batches(bare, _MINING_BATCH):
         mined = miner.mine(
             [row.query for row in batch],
-            [set(row.positives) for row in batch],
+            [rivals.get(content_hash(row.query), set()) | set(row.positives) for row in batch],
             [row.answers for row in batch],
             config.mined_negatives,
         )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 
-from ...planting import Fact, plant, random_facts, spread
+from ...planting import GENERATORS, Fact, plant, random_facts, spread
 from .context import BuildContext
 from .fact_wordings import FILLER_SENTENCES, Wording, draw_line_wording, draw_wording, listed
 from .frames import Frame, draw_frame
@@ -21,6 +21,7 @@ _HAYSTACK_WEIGHTS = (45, 15, 15, 25)
 _SEVERAL_VALUES_SHARE = 0.1
 _SEVERAL_KEYS_SHARE = 0.12
 _REVERSE_SHARE = 0.12
+_DECOY_SHARE = 0.2
 _ANSWER_PREFIX_SHARE = 0.35
 _TRIAL_LINES = 16
 _PLENTIFUL_KINDS = ("number", "uuid", "hex", "plate", "word_pair", "person")  # enough of them for long lists
@@ -28,12 +29,13 @@ _PLENTIFUL_KINDS = ("number", "uuid", "hex", "plate", "word_pair", "person")  # 
 
 @dataclass(frozen=True)
 class Quiz:
-    """Statements of facts, which of them answer the question, and the question."""
+    """Statements of facts, which of them answer the question, the question, and the keys that it is about."""
 
     statements: list[str]
     is_evidence: list[bool]
     question: str
     answer_prefix: str
+    asked: tuple[str, ...]
 
 
 def facts_sample(context: BuildContext, source: str, num_tokens: int, rng: random.Random) -> Stage1Sample:
@@ -57,7 +59,8 @@ def draw_quiz(rng: random.Random, wording: Wording, num_keys: int) -> Quiz:
     """Draw facts of one wording and a question for some of them."""
     values_per_key = rng.randint(2, 4) if rng.random() < _SEVERAL_VALUES_SHARE else 1
     kinds = rng.choice(wording.key_kinds), rng.choice(wording.value_kinds)
-    return quiz_on(rng, wording, random_facts(rng, num_keys, *kinds, values_per_key))
+    quiz = quiz_on(rng, wording, random_facts(rng, num_keys, *kinds, values_per_key))
+    return with_decoys(rng, quiz, wording) if rng.random() < _DECOY_SHARE else quiz
 
 
 def quiz_on(rng: random.Random, wording: Wording, facts: Sequence[Fact]) -> Quiz:
@@ -67,11 +70,27 @@ def quiz_on(rng: random.Random, wording: Wording, facts: Sequence[Fact]) -> Quiz
     order = [(number, value) for number, fact in enumerate(facts) for value in fact.values]
     rng.shuffle(order)
     forms = wording.statements if rng.random() < 0.3 else (rng.choice(wording.statements),)
-    statements = [
-        rng.choice(forms).replace("{key}", facts[number].key).replace("{value}", value) for number, value in order
-    ]
-    question, prefix = _ask(rng, wording, [facts[number] for number in sorted(asked)])
-    return Quiz(statements, [number in asked for number, _ in order], question, prefix)
+    statements = [_state(rng.choice(forms), facts[number].key, value) for number, value in order]
+    questioned = [facts[number] for number in sorted(asked)]
+    question, prefix = _ask(rng, wording, questioned)
+    is_evidence = [number in asked for number, _ in order]
+    return Quiz(statements, is_evidence, question, prefix, tuple(fact.key for fact in questioned))
+
+
+def _state(form: str, key: str, value: str) -> str:
+    return form.replace("{key}", key).replace("{value}", value)
+
+
+def with_decoys(rng: random.Random, quiz: Quiz, wording: Wording) -> Quiz:
+    """Add one to three facts of other kinds on the asked keys, so that the key alone doesn't find the answer."""
+    statements, is_evidence = list(quiz.statements), list(quiz.is_evidence)
+    drawn = [draw_wording(rng) for _ in range(rng.randint(1, 3))]
+    for other in (other for other in drawn if other.questions != wording.questions):
+        value = GENERATORS[rng.choice(other.value_kinds)](rng)
+        place = rng.randint(0, len(statements))
+        statements.insert(place, _state(rng.choice(other.statements), rng.choice(quiz.asked), value))
+        is_evidence.insert(place, False)
+    return replace(quiz, statements=statements, is_evidence=is_evidence)
 
 
 def _ask(rng: random.Random, wording: Wording, facts: Sequence[Fact]) -> tuple[str, str]:

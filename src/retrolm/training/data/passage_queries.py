@@ -22,7 +22,7 @@ NUM_COMMON_WORDS = 4000
 _COMMON_SHARE = 0.1
 MIN_SALIENT_WORDS = 3
 MIN_SENTENCE_WORDS, MAX_SENTENCE_WORDS = 7, 45
-_WORD = re.compile(r"[^\W_][\w'\u2019-]*")
+_WORD = re.compile(r"[^\W_]+(?:-[^\W_]+)*")
 _YEAR = re.compile(r"1\d{3}|20\d{2}")
 
 
@@ -130,7 +130,7 @@ def _cloze(passage: Passage, common: frozenset[str], rng: random.Random) -> Pass
 
 
 def cloze_question(sentence: str, common: frozenset[str], rng: random.Random) -> str | None:
-    """Ask for one salient word of a sentence: "Detroit was founded in what year?"; None if at most two are salient."""
+    """Ask for one salient word of a sentence: "Detroit was founded in what year?"; None if it says too little."""
     words = salient_words(sentence, common)
     if len(words) < MIN_SALIENT_WORDS:
         return None
@@ -138,6 +138,8 @@ def cloze_question(sentence: str, common: frozenset[str], rng: random.Random) ->
     before, after = _near(sentence[:start], sentence[end:], rng)
     gap = "____" if rng.random() < 0.3 else _question_words(sentence[start:end], before)
     body = f"{before} {gap}{after}".strip().rstrip(".;:, ")
+    if len(_WORD.findall(body.replace(gap, ""))) < MIN_SALIENT_WORDS:
+        return None
     return f"{body[0].upper()}{body[1:]}?" if gap != "____" else body
 
 
@@ -152,7 +154,8 @@ def _widened(sentence: str, match: re.Match[str]) -> Span:
 
 
 def _near(before: str, after: str, rng: random.Random) -> tuple[str, str]:
-    left, right = rng.randint(5, 16), rng.randint(0, 10)
+    left = rng.randint(5, 16)
+    right = rng.randint(0 if len(before.split()) >= 5 else 6, 12)
     tail = re.findall(r"\S+\s*", after[1:]) if after[:1] == " " else re.findall(r"\S+\s*", after)
     joined = "".join(tail[:right]).rstrip()
     spaced = f" {joined}" if joined and after[:1] == " " else joined
