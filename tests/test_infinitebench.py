@@ -120,6 +120,16 @@ def test_synthetic_tasks_fill_the_length_and_answer_themselves(name: str) -> Non
     assert bool(samples[0].gold_spans) == (name != "math_find")
 
 
+def test_chat_and_plain_samples_are_cached_apart(tmp_path: Path) -> None:
+    sizes = set()
+    for chat in (True, False):
+        task = get_task("infinitebench/passkey", chat=chat)
+        sample = task.samples(tiny_tokenizer(), 600, 1, cache_dir=tmp_path)[0]
+        assert sample.chat is chat
+        sizes.add(sample.extra["num_tokens"])
+    assert len(sizes) == 2
+
+
 def test_synthetic_tasks_have_the_benchmarks_natural_size() -> None:
     size = {"math_find": 60_000, "passkey": 5220, "kv_retrieval": 1855}
     for name, count in size.items():

@@ -279,6 +279,15 @@ def test_depths_are_the_official_ones_and_all_occur() -> None:
     assert (len(DEPTHS), DEPTHS[0], DEPTHS[1], DEPTHS[-1]) == (40, 0, 3, 100)
 
 
+def test_needles_stand_at_their_depth() -> None:
+    essay = Essay(" ".join(f"Sentence {number} ends." for number in range(200)), "numbers")
+    generator = NeedleGenerator(NEEDLE_TASKS["niah_multivalue"], 4096, essay)
+    for seed in range(20):
+        draft = generator.draft(600, 0, random.Random(seed))
+        before = [draft.context[:start].count("Sentence") for start, _ in sorted(draft.gold_spans)]
+        assert before == [int(200 * depth / 100) for depth in draft.extra["depths"]]
+
+
 def test_sentences_join_back_to_the_words_and_repeat() -> None:
     essay = Essay("One two. Mr. Hale spoke. Three four? five six! Seven", "x")
     assert essay.sentences(10) == ["One two.", "Mr. Hale spoke.", "Three four? five six!", "Seven"]
@@ -291,6 +300,16 @@ def test_distractors_never_carry_an_asked_key(data_dir: Path) -> None:
     keys = re.findall(r"for (.+) is:", sample.context)
     asked = re.findall(r"for (.+) mentioned", sample.question)[0]
     assert len(keys) > 20 and keys.count(asked) == 1
+
+
+def test_a_distractor_with_the_asked_key_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_of_three(kind: str, rng: random.Random) -> str:
+        return rng.choice("abc")
+
+    monkeypatch.setattr("retrolm.evaluation.tasks.ruler.needles.random_text", one_of_three)
+    draft = NeedleGenerator(NEEDLE_TASKS["niah_multikey_3"], 4096).draft(30, 0, random.Random(0))
+    asked = re.findall(r"for (.+) mentioned", draft.question)[0]
+    assert draft.context.count(f" for {asked} is: ") == 1
 
 
 # --- seeds, cache, options, errors ----------------------------------------------------------------------------------
