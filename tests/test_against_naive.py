@@ -148,11 +148,11 @@ def test_question_page_and_decoding(name: str, question_tokens: int) -> None:
 
 def generate(lm: RetroLM, document: Any, question: list[int]) -> tuple[Any, Tensor]:
     """The query after 12 greedy tokens, and their logits [12, vocabulary]."""
-    from retrolm.engine.generation import Query
+    from retrolm.engine.generation import Generator, Query
 
-    query, recorder = Query(document.table, question), Recorder()
-    options = {"do_sample": False, "logits_processor": [recorder], "eos_token_id": None}
-    lm._generator(document.encoder).run([query], 12, options)
+    query, recorder = Query(document.table, question, document.token_ids), Recorder()
+    options = lm._options({"do_sample": False, "logits_processor": [recorder], "eos_token_id": None}, ())
+    Generator(document.encoder).run([query], 12, options)
     return query, torch.cat(recorder.logits)
 
 

@@ -55,6 +55,12 @@ def test_float32(name: str) -> None:
     assert difference(tiny_model(name, dtype=torch.float32), random_ids(101), kv_budget=128, page_size=W) <= 1e-4
 
 
+@pytest.mark.parametrize("name", ["llama-yarn", "phi3-longrope", "qwen2", "gemma3"])
+def test_half_precision_is_close(name: str) -> None:
+    """Also attention factors that bfloat16 rounds are no reason to refuse a model."""
+    assert difference(tiny_model(name, dtype=torch.bfloat16), random_ids(90), kv_budget=128, page_size=W) <= 0.5
+
+
 def test_short_longrope_set() -> None:
     ids = random_ids(ORIGINAL - W)
     assert difference(tiny_model("phi3-longrope"), ids, kv_budget=ORIGINAL - W, page_size=W) <= 1e-6

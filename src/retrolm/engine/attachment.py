@@ -67,6 +67,9 @@ class Attachment:
             for index, layer in enumerate(backbone.layers)
             for name in layer.projections
         ]
+        if backbone.has_switching_rope:
+            hook = _rotary_hook(backbone)
+            self._handles.append(backbone.decoder.rotary_emb.register_forward_hook(hook, with_kwargs=True))
 
     @contextmanager
     def run(self, program: Program) -> Iterator[None]:
@@ -86,6 +89,22 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def _rotary_hook(backbone: Backbone) -> Any:
+    """Keep to one set of frequencies, whatever length the stock module sees in a pass over compact positions."""
+
+    def hook(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor] | None:
+        if _PROGRAM.get() is None:
+            return None
+        positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+        layer_type = args[2] if len(args) > 2 else kwargs.get("layer_type")
+        cos, sin = backbone.rope_at(layer_type, positions)
+        return cos.to(out[0]), sin.to(out[1])
+
+    return hook
 
 
 def _projection_hook(layer: int, name: str) -> Any:

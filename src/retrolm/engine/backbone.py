@@ -84,6 +84,25 @@ class Backbone:
     def rope(self, layer: int) -> RopeTable:
         return self._ropes[self.layers[layer].layer_type, self.layers[layer].device]
 
+    @property
+    def has_switching_rope(self) -> bool:
+        """Whether the rotary module changes its frequencies with the length, and the tables hold one set."""
+        return any(table.switches for table in self._ropes.values())
+
+    def rope_at(self, layer_type: str | None, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cos and sin of one layer type, each [..., R], from the table fixed at load."""
+        table = next(table for (kind, _), table in self._ropes.items() if kind == layer_type)
+        return table.at(positions)
+
+    def cache_room(self, num_tokens: int, num_new: int) -> int:
+        """Places that a cache of `num_tokens` should have so that generation never reads it anew.
+
+        Phi-3's `generate` throws a cache away when it grows past `original_max_position_embeddings`; one that
+        begins beyond it is kept.
+        """
+        original = getattr(self.config, "original_max_position_embeddings", None)
+        return original + 1 if original and num_tokens <= original < num_tokens + num_new else num_tokens
+
     def require_positions(self, num_positions: int) -> None:
         for table in self._ropes.values():
             table.require(num_positions)

@@ -54,16 +54,18 @@ class DecodeProgram:
         return bias_from(allowed, q.dtype)
 
 
-def build_cache(captures: list[QueryCapture]) -> tuple[DynamicCache, Tensor, Tensor]:
+def build_cache(captures: list[QueryCapture], room: int) -> tuple[DynamicCache, Tensor, Tensor]:
     """Build the cache for B query pages, without each page's last token (generation feeds that one first).
 
+    Args:
+        room: cache places, at least the most tokens that stand before any query's last one.
+
     Returns:
-        The cache with room for T tokens per sample; starts int64 [layers, B]; the 2D attention mask bool [B, T + 1]
+        The cache; starts int64 [layers, B]; the 2D attention mask bool [B, room + 1]
         that counts positions right (the last column is the token to feed).
     """
     num_layers = len(captures[0].keys)
     ends = [capture.end for capture in captures]
-    room = max(ends) - 1
     starts = torch.zeros(num_layers, len(captures), dtype=torch.int64)
     cache = DynamicCache()
     for layer in range(num_layers):

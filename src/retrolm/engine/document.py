@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..paging import PageTable
 from .results import Answer, PageUse, Retrieval
 
@@ -35,6 +37,7 @@ class Document:
     token_ids: list[list[int]]
     prefill_s: float
     peak_attended: int
+    _closed: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -88,8 +91,27 @@ class Document:
 
     def close(self) -> None:
         """Give the document's pages back to the store; it can't be asked any more."""
-        self.encoder.parts.store.release(self.table.ids)
-        self.table = PageTable(self.table.ids[:0], self.table.lengths[:0], 0, self.table.page_size)
+        if not self._closed:
+            self.encoder.parts.store.release(self.table.ids)
+        self._closed = True
+
+    def require_open(self) -> None:
+        """Raise `UserError` if the document was closed."""
+        if self._closed:
+            raise UserError("This document was closed and its pages given back. Read the text again.")
+
+
+@dataclass(frozen=True)
+class Past:
+    """What stands before the next question: the document's pages, then those of the turns.
+
+    Attributes:
+        token_ids: ids of each page. turn_ids: store pages of the turns, int64.
+    """
+
+    table: PageTable
+    token_ids: list[list[int]]
+    turn_ids: Tensor
 
 
 class Conversation:
@@ -97,23 +119,20 @@ class Conversation:
 
     def __init__(self, document: Document) -> None:
         self.document = document
-        self._table = document.table
-        self._turn_ids: list[Tensor] = []
+        self._past = self._beginning()
 
     def ask(self, question: str, *, max_new_tokens: int = 256, raw: bool = False, **options: Any) -> Answer:
         """Answer the next question; the turn is kept for later ones."""
-        lm = self.document.lm
-        follow_up = bool(self._turn_ids)
-        answer, table, ids = lm.turn(
-            self.document, self._table, question, follow_up, max_new_tokens=max_new_tokens, raw=raw, **options
+        self.document.require_open()
+        answer, self._past = self.document.lm.turn(
+            self.document, self._past, question, max_new_tokens=max_new_tokens, raw=raw, **options
         )
-        self._table = table
-        self._turn_ids.append(ids)
         return answer
 
     def close(self) -> None:
-        """Give the turns' pages back."""
-        for ids in self._turn_ids:
-            self.document.encoder.parts.store.release(ids)
-        self._turn_ids.clear()
-        self._table = self.document.table
+        """Give the turns' pages back; the next question begins anew."""
+        self.document.encoder.parts.store.release(self._past.turn_ids)
+        self._past = self._beginning()
+
+    def _beginning(self) -> Past:
+        return Past(self.document.table, self.document.token_ids, torch.empty(0, dtype=torch.int64))

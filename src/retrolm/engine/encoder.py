@@ -64,6 +64,22 @@ class Encoder:
                 progress(done, total)
         return results
 
+    def extend(self, table: PageTable, pages: list[list[int]]) -> tuple[PageTable, Tensor]:
+        """Read further pages behind those of `table`: the table with them, and their store pages."""
+        store = self.parts.store
+        ids = store.reserve(len(pages))
+        try:
+            longer = table.extended(ids, torch.tensor([len(page) for page in pages]))
+            self._require_window(longer.num_tokens)
+            for first in range(0, len(pages), self.parts.config.chunk_pages):
+                part = pages[first : first + self.parts.config.chunk_pages]
+                group = text_group(longer, len(table) + first, part, self.parts.config, self.kept_window)
+                self.encode(Chunk([group], max(map(len, part))))
+        except BaseException:
+            store.release(ids)
+            raise
+        return longer, ids
+
     def query(self, table: PageTable, ids: Tensor, tokens: list[int], pinned: tuple[int, ...] = ()) -> PageGroup:
         """The group of one query page; raises `UserError` if the query leaves no room for the text."""
         group = query_group(table, ids, tokens, self.parts.config, self.kept_window, pinned)

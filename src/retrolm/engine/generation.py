@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor
+from transformers.generation.streamers import BaseStreamer
 
-from ..paging import PageTable
+from ..errors import UserError
+from ..paging import PageTable, page_lengths
 from .chunk import Chunk
 from .decode import DecodeProgram, build_cache
 from .encoder import Encoder
+from .generate_options import GenerateOptions, OneStream
 from .prefill import LayerChoice, QueryCapture
 
 
@@ -22,21 +24,33 @@ class Query:
     """One question page and what is generated after it.
 
     Attributes:
-        table: pages before it. tokens: ids of the page.
+        table: pages before it. tokens: ids of the page. past: ids of the pages before it, for logits processors.
         choices: per layer, what the first query page attended (later ones replace nothing).
+        ended: generation came to an end of its own, not to `max_new_tokens`.
     """
 
     table: PageTable
     tokens: list[int]
+    past: list[list[int]]
     generated: list[int] = field(default_factory=list)
     choices: list[LayerChoice] = field(default_factory=list)
     sequences: list[list[int]] = field(default_factory=list)
+    ended: bool = False
     peak_prefill: int = 0
     peak_decode: int = 0
     max_position: int = 0
     cache_bytes: int = 0
     ttft_s: float = 0.0
     tpot_s: float = 0.0
+
+    def last_tokens(self, num_tokens: int) -> list[int]:
+        """The last ids up to the end of the query page, `num_tokens` of them or as many as there are."""
+        found = self.tokens
+        for page in reversed(self.past):
+            if len(found) >= num_tokens:
+                break
+            found = page + found
+        return found[max(len(found) - num_tokens, 0) :]
 
 
 class FirstToken(LogitsProcessor):
@@ -56,20 +70,28 @@ class FirstToken(LogitsProcessor):
 class Generator:
     """Generates behind query pages, several at once."""
 
-    def __init__(self, encoder: Encoder, eos_ids: tuple[int, ...], pad_id: int) -> None:
+    def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
-        self._eos_ids = eos_ids
-        self._pad_id = pad_id
 
-    def run(self, queries: list[Query], max_new_tokens: int, options: dict[str, Any]) -> list[Tensor]:
+    def run(self, queries: list[Query], max_new_tokens: int, options: GenerateOptions) -> list[Tensor]:
         """Fill in what follows each query. Returns the store pages each query now holds (the caller releases them).
 
         With `retrieve_every` = n, each n generated tokens become a page of their own that retrieves anew; the
         question's pages stay attended.
+
+        Raises:
+            UserError: `max_new_tokens` under 1, or several sequences per query while retrieving again.
         """
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
         every = self._encoder.parts.config.retrieve_every
         if not every or max_new_tokens <= every:
-            return self._round(queries, max_new_tokens, options)
+            return self._round(queries, max_new_tokens, options, options.streamer)
+        if options.num_sequences > 1:
+            raise UserError(
+                f"retrieve_every={every} generates one sequence per prompt. Leave out num_beams and "
+                "num_return_sequences, or set retrieve_every=0."
+            )
         held = [torch.empty(0, dtype=torch.int64) for _ in queries]
         try:
             self._rounds(queries, held, every, max_new_tokens, options)
@@ -80,36 +102,37 @@ class Generator:
         return held
 
     def _rounds(
-        self, queries: list[Query], held: list[Tensor], every: int, max_new_tokens: int, options: dict[str, Any]
+        self, queries: list[Query], held: list[Tensor], every: int, max_new_tokens: int, options: GenerateOptions
     ) -> None:
+        streamer = None if options.streamer is None else OneStream(options.streamer)
         pinned: list[tuple[int, ...]] = [() for _ in queries]
         still = list(range(len(queries)))
         while still:
             part = [queries[i] for i in still]
             left = max_new_tokens - len(part[0].generated)
-            ids = self._round(part, min(every, left), options, [pinned[i] for i in still])
+            ids = self._round(part, min(every, left), options, streamer, [pinned[i] for i in still])
             for i, own in zip(still, ids, strict=True):
                 held[i] = torch.cat([held[i], own])
                 pinned[i] = pinned[i] or tuple(range(len(queries[i].table), len(queries[i].table) + len(own)))
-            still = [i for i in still if self._continues(queries[i], max_new_tokens)]
+            still = [i for i in still if not queries[i].ended and len(queries[i].generated) < max_new_tokens]
             for i in still:
                 self._turn_page(queries[i], held[i], every)
-
-    def _continues(self, query: Query, max_new_tokens: int) -> bool:
-        return len(query.generated) < max_new_tokens and not (query.generated and query.generated[-1] in self._eos_ids)
+        if streamer is not None:
+            streamer.close()
 
     def _turn_page(self, query: Query, held: Tensor, every: int) -> None:
         """The query's page becomes past; the tokens generated last become the next query page."""
-        size = query.table.page_size
-        lengths = [len(query.tokens[i : i + size]) for i in range(0, len(query.tokens), size)]
+        lengths = page_lengths(len(query.tokens), query.table.page_size)
         query.table = query.table.extended(held[-len(lengths) :], torch.tensor(lengths))
+        query.past = [*query.past, query.tokens]
         query.tokens = query.generated[-every:]
 
     def _round(
         self,
         queries: list[Query],
         num_tokens: int,
-        options: dict[str, Any],
+        options: GenerateOptions,
+        streamer: BaseStreamer | None,
         pinned: list[tuple[int, ...]] | None = None,
     ) -> list[Tensor]:
         started = time.perf_counter()
@@ -121,7 +144,7 @@ class Generator:
                 for i, (query, own) in enumerate(zip(queries, ids, strict=True))
             ]
             encoded = self._encoder.encode(Chunk(groups, max(len(query.tokens) for query in queries)))
-            self._generate(queries, encoded.captures, num_tokens, options, started)
+            self._generate(queries, encoded.captures, num_tokens, options, streamer, started)
         except BaseException:
             for own in ids:
                 store.release(own)
@@ -134,56 +157,62 @@ class Generator:
         queries: list[Query],
         captures: list[QueryCapture],
         num_tokens: int,
-        options: dict[str, Any],
+        options: GenerateOptions,
+        streamer: BaseStreamer | None,
         started: float,
     ) -> None:
         backbone = self._encoder.parts.backbone
-        cache, starts, mask = build_cache(captures)
-        expand = max(int(options.get("num_beams", 1) or 1), int(options.get("num_return_sequences", 1) or 1))
-        room = mask.shape[1] - 1
-        backbone.require_positions(max(capture.end for capture in captures) + num_tokens + 1)
-        if expand > 1:
-            cache.batch_repeat_interleave(expand)
-        input_ids = torch.full((len(queries), room + 1), self._pad_id)
-        for row, query in zip(input_ids, queries, strict=True):
-            kept = query.tokens[-(room + 1) :]
-            row[-len(kept) :] = torch.tensor(kept)
+        ends = [capture.end for capture in captures]
+        backbone.require_positions(max(ends) + num_tokens - 1)
+        cache, starts, mask = build_cache(captures, backbone.cache_room(max(ends) - 1, num_tokens))
+        if options.num_sequences > 1:
+            cache.batch_repeat_interleave(options.num_sequences)
+        input_ids = _input_ids(queries, ends, mask.shape[1], options.pad_id)
         first, program = FirstToken(), DecodeProgram(backbone, starts)
-        processors = LogitsProcessorList([first, *options.get("logits_processor", [])])
+        call = options.call(num_tokens, first, streamer)
         with self._encoder.attachment.run(program):
             out = backbone.model.generate(
                 input_ids=input_ids.to(backbone.device),
                 attention_mask=mask.to(backbone.device).long(),
                 past_key_values=cache,
-                max_new_tokens=num_tokens,
-                pad_token_id=self._pad_id,
-                **{**options, "logits_processor": processors},
+                **call.arguments,
             )
         finished = time.perf_counter()
-        sequences = getattr(out, "sequences", out)[:, room + 1 :].tolist()
-        per_query = len(sequences) // len(queries)
+        rows = out[:, mask.shape[1] :].tolist()
+        stops = [max(at - mask.shape[1], 0) for at in call.stop.lengths]
+        stops = stops if stops and options.keeps_rows else [0] * len(rows)
+        found = [_ended(row, options.eos_ids, stop) for row, stop in zip(rows, stops, strict=True)]
+        per_query = len(found) // len(queries)
         for i, (query, capture) in enumerate(zip(queries, captures, strict=True)):
-            own = [self._cut(tokens) for tokens in sequences[i * per_query : (i + 1) * per_query]]
-            self._record(query, capture, own, program)
-            query.cache_bytes = sum(k.nbytes + v.nbytes for k, v in zip(capture.keys, capture.values, strict=True))
-            if not query.ttft_s:
-                query.ttft_s = first.at - started
-            query.tpot_s = (finished - first.at) / max(len(own[0]) - 1, 1)
+            own = found[i * per_query : (i + 1) * per_query]
+            _record(query, capture, own)
+            query.ttft_s = query.ttft_s or first.at - started
+            query.tpot_s = (finished - first.at) / max(len(own[0][0]) - 1, 1)
 
-    @staticmethod
-    def _record(query: Query, capture: QueryCapture, sequences: list[list[int]], program: DecodeProgram) -> None:
-        query.sequences = [query.generated + tokens for tokens in sequences]
-        query.generated = query.sequences[0]
-        query.choices = query.choices or capture.choices
-        attended = max(choice.attended_tokens for choice in capture.choices)
-        query.peak_prefill = max(query.peak_prefill, attended)
-        new = max(len(tokens) for tokens in sequences)
-        query.peak_decode = max(query.peak_decode, attended + max(new - 1, 0))
-        query.max_position = max(query.max_position, capture.end + new - 1)
 
-    def _cut(self, tokens: list[int]) -> list[int]:
-        """Drop what `generate` pads behind the end-of-sequence token."""
-        for index, token in enumerate(tokens):
-            if token in self._eos_ids:
-                return tokens[: index + 1]
-        return tokens
+def _input_ids(queries: list[Query], ends: list[int], width: int, pad_id: int) -> Tensor:
+    """Ids [B, width] that stand for the cache where logits processors look at the prompt: the latest tokens."""
+    input_ids = torch.full((len(queries), width), pad_id)
+    for row, query, end in zip(input_ids, queries, ends, strict=True):
+        tokens = query.last_tokens(end)
+        row[width - len(tokens) :] = torch.tensor(tokens)
+    return input_ids
+
+
+def _ended(tokens: list[int], eos_ids: tuple[int, ...], stop: int) -> tuple[list[int], bool]:
+    """Drop what `generate` pads behind the end of a sequence; `stop` is where a criterion held, or 0."""
+    ends = [index + 1 for index, token in enumerate(tokens) if token in eos_ids][:1] + ([stop] if stop else [])
+    return (tokens[: min(ends)], True) if ends else (tokens, False)
+
+
+def _record(query: Query, capture: QueryCapture, found: list[tuple[list[int], bool]]) -> None:
+    query.sequences = [query.generated + tokens for tokens, _ in found]
+    query.generated = query.sequences[0]
+    query.ended = found[0][1]
+    query.choices = query.choices or capture.choices
+    attended = max(choice.attended_tokens for choice in capture.choices)
+    query.peak_prefill = max(query.peak_prefill, attended)
+    new = max(len(tokens) for tokens, _ in found)
+    query.peak_decode = max(query.peak_decode, attended + max(new - 1, 0))
+    query.max_position = max(query.max_position, capture.end + new - 1)
+    query.cache_bytes = sum(k.nbytes + v.nbytes for k, v in zip(capture.keys, capture.values, strict=True))

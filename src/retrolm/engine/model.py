@@ -21,8 +21,9 @@ from ..store import DigestIndex, PageLayout, PageStore, ResidentStore, TieredSto
 from .attachment import Attachment
 from .backbone import Backbone, check_family
 from .chunk import Chunk
-from .document import Document
+from .document import Document, Past
 from .encoder import Encoder, PagedText, Progress
+from .generate_options import GenerateOptions
 from .generation import Generator, Query
 from .prefill import LayerChoice, PrefillParts
 from .prompts import QUESTION_TEMPLATE, PromptFormat, prompt_format
@@ -72,7 +73,7 @@ class RetroLM:
             )
         self.attachment = Attachment(self.backbone)
         self.format: PromptFormat | None = None if tokenizer is None else prompt_format(tokenizer, chat)
-        self.eos_ids = _eos_ids(model, tokenizer)
+        self.eos_ids = _eos_ids(model.generation_config, self.backbone.config, tokenizer)
         self.pad_id = _pad_id(tokenizer, self.eos_ids)
         self._bookmark = self._bookmark_row()
         if retriever is not None:
@@ -204,7 +205,7 @@ class RetroLM:
         return [part[i : i + size] for part in (prefix, ids) for i in range(0, len(part), size)]
 
     def _paged(self, store: PageStore, pages: list[list[int]], num_prefix_pages: int) -> PagedText:
-        lengths = torch.tensor([len(page) for page in pages])
+        lengths = torch.tensor([len(page) for page in pages], dtype=torch.int64)
         ids = store.reserve(len(pages))
         return PagedText(PageTable(ids, lengths, max(num_prefix_pages, 1), self.config.page_size), pages)
 
@@ -250,47 +251,50 @@ class RetroLM:
 
         Documents that were read together are answered in one batch; others one after the other.
         """
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+        checked = self._options(options, self.eos_ids)
+        for document, _ in pairs:
+            document.require_open()
         groups: dict[int, list[int]] = {}
         for index, (document, _) in enumerate(pairs):
             groups.setdefault(id(document.encoder), []).append(index)
         answers: dict[int, Answer] = {}
         for members in groups.values():
             part = [pairs[i] for i in members]
-            queries = [Query(doc.table, self.question_ids(question, raw)) for doc, question in part]
+            queries = [Query(doc.table, self.question_ids(question, raw), doc.token_ids) for doc, question in part]
             encoder = part[0][0].encoder
-            for ids in self._generator(encoder).run(queries, max_new_tokens, options):
+            for ids in Generator(encoder).run(queries, max_new_tokens, checked):
                 encoder.parts.store.release(ids)
             for i, (document, _), query in zip(members, part, queries, strict=True):
-                answers[i] = self._answer(document, query, max_new_tokens)
+                answers[i] = self._answer(document, query)
         return [answers[i] for i in range(len(pairs))]
 
     def turn(
         self,
         document: Document,
-        table: PageTable,
+        past: Past,
         question: str,
-        follow_up: bool,
         *,
         max_new_tokens: int,
         raw: bool = False,
         **options: Any,
-    ) -> tuple[Answer, PageTable, Tensor]:
-        """One turn of a conversation: the answer, the table with the turn's pages, and those pages' numbers."""
+    ) -> tuple[Answer, Past]:
+        """One turn of a conversation, and what is past for the next one: the turn has become pages."""
         encoder = document.encoder
-        query = Query(table, self.question_ids(question, raw, follow_up))
-        (held,) = self._generator(encoder).run([query], max_new_tokens, options)
-        answer = self._answer(document, query, max_new_tokens)
+        query = Query(past.table, self.question_ids(question, raw, follow_up=len(past.turn_ids) > 0), past.token_ids)
+        checked = self._options(options, self.eos_ids)
+        (held,) = Generator(encoder).run([query], max_new_tokens, checked)
         lengths = page_lengths(len(query.tokens), self.config.page_size)
         table = query.table.extended(held[-len(lengths) :], torch.tensor(lengths))
-        rest = self._unencoded(query)
-        if rest:
-            ids = encoder.parts.store.reserve(-(-len(rest) // self.config.page_size))
-            encoder.encode(Chunk([encoder.query(table, ids, rest)], len(rest)))
-            table = table.extended(ids, torch.tensor(page_lengths(len(rest), self.config.page_size)))
-            held = torch.cat([held, ids])
-        return answer, table, held
+        token_ids = [*query.past, query.tokens]
+        try:
+            rest = self._cut([], self._unencoded(query))
+            if rest:
+                table, ids = encoder.extend(table, rest)
+                held = torch.cat([held, ids])
+        except BaseException:
+            encoder.parts.store.release(held)
+            raise
+        return self._answer(document, query), Past(table, [*token_ids, *rest], torch.cat([past.turn_ids, held]))
 
     def _unencoded(self, query: Query) -> list[int]:
         """Generated tokens that are not pages yet, without the end-of-sequence token (the next turn begins with it)."""
@@ -323,6 +327,7 @@ class RetroLM:
 
     def retrieve(self, document: Document, question: str, *, raw: bool = False) -> Retrieval:
         """Which pages of `document` the question attends in each layer."""
+        document.require_open()
         encoder, tokens = document.encoder, self.question_ids(question, raw)
         ids = encoder.parts.store.reserve(-(-len(tokens) // self.config.page_size))
         try:
@@ -347,18 +352,19 @@ class RetroLM:
         prompts = [row[mask.bool()].tolist() for row, mask in zip(rows, keep, strict=True)]
         if not all(prompts):
             raise UserError("Nothing to continue: a prompt has no tokens.")
+        checked = self._options(options, _eos_ids(self.model.generation_config))
         cut = [self._cut([], ids) for ids in prompts]
         store = self._new_store(sum(map(len, cut)))
         encoder = self._encoder(store)
         texts = [self._paged(store, pages[:-1], 0) for pages in cut]
         if any(text.pages for text in texts):
             encoder.read([text for text in texts if text.pages])
-        queries = [Query(text.table, pages[-1]) for text, pages in zip(texts, cut, strict=True)]
-        self._generator(encoder).run(queries, max_new_tokens, options)
+        queries = [Query(text.table, pages[-1], pages[:-1]) for text, pages in zip(texts, cut, strict=True)]
+        Generator(encoder).run(queries, max_new_tokens, checked)
         sequences = [tokens for query in queries for tokens in query.sequences]
         per_prompt = len(sequences) // len(prompts)
         width = max(map(len, sequences))
-        out = torch.full((len(sequences), rows.shape[1] + width), self.pad_id)
+        out = torch.full((len(sequences), rows.shape[1] + width), checked.pad_id)
         out[:, : rows.shape[1]] = rows.cpu().repeat_interleave(per_prompt, 0)
         for row, tokens in zip(out, sequences, strict=True):
             row[rows.shape[1] : rows.shape[1] + len(tokens)] = torch.tensor(tokens)
@@ -374,12 +380,12 @@ class RetroLM:
             return self.format.question_ids(question, follow_up)
         return self.format.question_ids(QUESTION_TEMPLATE.format(question=question))
 
-    def _generator(self, encoder: Encoder) -> Generator:
-        return Generator(encoder, self.eos_ids, self.pad_id)
+    def _options(self, options: dict[str, Any], eos_ids: tuple[int, ...]) -> GenerateOptions:
+        return GenerateOptions(self.model, options, eos_ids, self.pad_id, self.tokenizer)
 
     # --- results --------------------------------------------------------------------------------------------
 
-    def _answer(self, document: Document, query: Query, max_new_tokens: int) -> Answer:
+    def _answer(self, document: Document, query: Query) -> Answer:
         tokens = query.generated
         stored = document.encoder.parts.store.bytes()
         return Answer(
@@ -390,7 +396,7 @@ class RetroLM:
             max_position=query.max_position,
             timings=Timings(document.prefill_s, query.ttft_s, query.tpot_s),
             kv_bytes={"device": stored.device, "host": stored.host, "cache": query.cache_bytes},
-            truncated=len(tokens) >= max_new_tokens and tokens[-1] not in self.eos_ids,
+            truncated=not query.ended,
         )
 
     def _retrieval(self, document: Document, table: PageTable, choices: list[LayerChoice]) -> Retrieval:
@@ -428,7 +434,7 @@ class RetroLM:
 
     def untrained_bookmark(self) -> Tensor:
         """Bookmark embedding [hidden] without training: the end-of-sequence row (D18)."""
-        return self.backbone.embed(torch.tensor([self.eos_ids[0]]))[0].detach()
+        return self.backbone.embed(torch.tensor([self.eos_ids[0] if self.eos_ids else 0]))[0].detach()
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -454,15 +460,15 @@ def _load(folder: str, dtype: Any, device_map: Any, model_options: dict[str, Any
     return model.eval(), tokenizer
 
 
-def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+def _eos_ids(*sources: Any) -> tuple[int, ...]:
+    """All end-of-sequence ids that the sources name, first named first."""
     found: list[int] = []
-    generation = getattr(model, "generation_config", None)
-    for source in (generation, model.config.get_text_config(), tokenizer):
+    for source in sources:
         ids = getattr(source, "eos_token_id", None)
         found += ids if isinstance(ids, list) else [] if ids is None else [ids]
-    return tuple(dict.fromkeys(int(i) for i in found)) or (0,)
+    return tuple(dict.fromkeys(int(i) for i in found))
 
 
 def _pad_id(tokenizer: Any, eos_ids: tuple[int, ...]) -> int:
     pad = getattr(tokenizer, "pad_token_id", None)
-    return int(pad) if pad is not None else eos_ids[0]
+    return int(pad) if pad is not None else eos_ids[0] if eos_ids else 0

@@ -43,11 +43,17 @@ class RopeTable:
         self._probe()
 
     @property
+    def switches(self) -> bool:
+        """Whether the module, asked for itself, would switch between frequency sets."""
+        return self._anchor > 0 or self._limit is not None
+
+    @property
     def rotary_dims(self) -> int:
         return self._cos.shape[-1]
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cos and sin, each [..., R], at int64 `positions` [...]."""
+        positions = positions.to(self._cos.device)
         return self._cos[positions], self._sin[positions]
 
     def require(self, num_positions: int) -> None:
@@ -66,12 +72,14 @@ class RopeTable:
             positions = positions.clamp(max=self._limit - 1)
         positions = torch.cat([positions, positions.new_tensor([self._anchor])])[None]
         kwargs: dict[str, Any] = {} if self._layer_type is None else {"layer_type": self._layer_type}
-        cos, sin = self._rotary(self._like.to(dtype or self._like.dtype), positions, **kwargs)
+        # Not through __call__: hooks that stand on the module answer from this table.
+        cos, sin = self._rotary.forward(self._like.to(dtype or self._like.dtype), positions, **kwargs)
         return cos[0, :num_positions].contiguous(), sin[0, :num_positions].contiguous()
 
     def _probe(self) -> None:
         """Refuse a rotary module that is not a rotation by an angle proportional to the position."""
-        cos, sin = (x.double() / self.scaling for x in self._compute(256, torch.float32))
+        cos, sin = (x.double() for x in self._compute(256, torch.float32))
+        cos, sin = cos / cos[0, 0], sin / cos[0, 0]
         ok = torch.allclose(cos[0], torch.ones_like(cos[0])) and not bool(sin[0].any())
         for a in _PROBE_POSITIONS:
             for b in _PROBE_POSITIONS:

@@ -1,0 +1,160 @@
+"""Options of transformers' `generate`: which make sense over a compact cache, and what they ask for."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria, StopStringCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from ..errors import UserError, unknown
+
+_ARGUMENTS = ("generation_config", "logits_processor", "prefix_allowed_tokens_fn", "stopping_criteria", "streamer")
+_OURS = "RetroLM builds the cache and its inputs itself. Leave it out."
+_ONE_AT_A_TIME = "Generating several tokens per step isn't supported over a compact cache. Leave it out."
+_TENSOR_OUT = "RetroLM returns token ids. Look at scores with a logits_processor."
+_RULED_OUT = {
+    **dict.fromkeys(("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids"), _OURS),
+    **dict.fromkeys(("past_key_values", "use_cache", "cache_implementation", "cache_config"), _OURS),
+    **dict.fromkeys(("assistant_model", "prompt_lookup_num_tokens", "custom_generate"), _ONE_AT_A_TIME),
+    **dict.fromkeys(("return_dict_in_generate", "output_scores", "output_logits"), _TENSOR_OUT),
+    **dict.fromkeys(("output_attentions", "output_hidden_states"), _TENSOR_OUT),
+    **dict.fromkeys(("max_length", "min_length"), "Use max_new_tokens and min_new_tokens."),
+    "token_healing": "It changes the prompt's last token, which is already read. Leave it out.",
+}
+
+
+class GenerateOptions:
+    """Checked options of one call.
+
+    Args:
+        options: as for transformers' `generate`.
+        eos_ids, pad_id: tokens that end and fill a sequence unless an option says otherwise.
+        tokenizer: for `stop_strings`; may be None.
+
+    Attributes:
+        eos_ids: tokens that end a sequence. pad_id: what fills a batch up. num_sequences: rows that generation keeps per prompt.
+        keeps_rows: whether row i stays row i while generating (not so in beam search).
+
+    Raises:
+        UserError: an unknown option, or one that can't be honoured.
+    """
+
+    def __init__(
+        self, model: Any, options: dict[str, Any], eos_ids: tuple[int, ...], pad_id: int, tokenizer: Any
+    ) -> None:
+        self._model = model
+        self._options = {key: value for key, value in options.items() if key != "tokenizer"}
+        self._check()
+        found = self._value("eos_token_id") if self._given("eos_token_id") else list(eos_ids)
+        self.eos_ids = tuple(found) if isinstance(found, list) else () if found is None else (int(found),)
+        beams, sequences = (int(self._value(name) or 1) for name in ("num_beams", "num_return_sequences"))
+        self.num_sequences = max(beams, sequences)
+        self.keeps_rows = beams == 1
+        self.pad_id = int(self._options.pop("pad_token_id", None) or pad_id)
+        self.streamer = self._options.pop("streamer", None)
+        self._criteria = list(self._options.pop("stopping_criteria", None) or [])
+        stop_strings = self._options.pop("stop_strings", None)
+        if stop_strings:
+            self._criteria.append(_stop_strings(options.get("tokenizer", tokenizer), stop_strings))
+        self._processors = list(self._options.pop("logits_processor", None) or [])
+
+    def call(self, num_tokens: int, processor: Any, streamer: BaseStreamer | None) -> Call:
+        """Arguments for one call of `generate`; `processor` sees the logits first."""
+        settings: dict[str, Any] = {"max_new_tokens": num_tokens, "pad_token_id": self.pad_id}
+        settings["eos_token_id"] = list(self.eos_ids) or None
+        arguments = dict(self._options)
+        if "generation_config" in arguments:
+            config = copy.deepcopy(arguments["generation_config"])
+            config.update(**settings)
+            arguments["generation_config"] = config
+        else:
+            arguments.update(settings)
+        stop = StopNote(self._criteria)
+        arguments["logits_processor"] = [processor, *self._processors]
+        if self._criteria:
+            arguments["stopping_criteria"] = [stop]
+        if streamer is not None:
+            arguments["streamer"] = streamer
+        return Call(arguments, stop)
+
+    def _check(self) -> None:
+        allowed = [name for name in vars(GenerationConfig()) if not name.startswith("_") and name not in _RULED_OUT]
+        for key, value in self._options.items():
+            if key in _RULED_OUT and not (key == "use_cache" and value):
+                raise UserError(f"The generation option {key!r} can't be used here. {_RULED_OUT[key]}")
+            if key not in allowed and key not in _ARGUMENTS and key != "use_cache":
+                raise unknown("generation option", key, [*allowed, *_ARGUMENTS])
+
+    def _given(self, name: str) -> bool:
+        config = self._options.get("generation_config")
+        return name in self._options or getattr(config, name, None) is not None
+
+    def _value(self, name: str) -> Any:
+        """What an option comes to: given, from the given generation config, or the model's own."""
+        if name in self._options:
+            return self._options[name]
+        given = getattr(self._options.get("generation_config"), name, None)
+        return getattr(self._model.generation_config, name, None) if given is None else given
+
+
+class Call:
+    """Arguments for one call of `generate`, and where its rows stopped."""
+
+    def __init__(self, arguments: dict[str, Any], stop: StopNote) -> None:
+        self.arguments = arguments
+        self.stop = stop
+
+
+class StopNote(StoppingCriteria):
+    """Asks the user's criteria, and notes where each row stopped.
+
+    Attributes:
+        lengths: tokens of each row, prompt included, when a criterion first held; 0 where none did.
+    """
+
+    def __init__(self, criteria: list[Any]) -> None:
+        self._criteria = criteria
+        self.lengths: list[int] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        rows, length = input_ids.shape
+        done = torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
+        for criterion in self._criteria:
+            done |= torch.as_tensor(criterion(input_ids, scores, **kwargs), device=done.device)
+        self.lengths = self.lengths or [0] * rows
+        self.lengths = [at or length * held for at, held in zip(self.lengths, done.tolist(), strict=True)]
+        return done
+
+
+class OneStream(BaseStreamer):
+    """Passes several calls of `generate` on to one streamer: one prompt, one end."""
+
+    def __init__(self, streamer: BaseStreamer) -> None:
+        self._streamer = streamer
+        self._prompts = 0
+        self._is_prompt = True
+
+    def put(self, value: Tensor) -> None:
+        if self._is_prompt:
+            self._prompts += 1
+        if not self._is_prompt or self._prompts == 1:
+            self._streamer.put(value)
+        self._is_prompt = False
+
+    def end(self) -> None:
+        """One call ended; the next begins with its prompt."""
+        self._is_prompt = True
+
+    def close(self) -> None:
+        """The last call ended."""
+        self._streamer.end()
+
+
+def _stop_strings(tokenizer: Any, strings: str | list[str]) -> StopStringCriteria:
+    if tokenizer is None:
+        raise UserError("The generation option 'stop_strings' needs a tokenizer. Pass one to RetroLM.")
+    return StopStringCriteria(tokenizer, strings)
