@@ -54,6 +54,7 @@ class Encoder:
     def read(self, texts: list[PagedText], progress: Progress | None = None, logits: bool = False) -> list[Encoded]:
         """Encode all pages of all texts, a chunk at a time; texts advance side by side."""
         for text in texts:
+            require_sink_room(text.table, self.parts.config)
             self._require_window(text.table.num_tokens)
         total = sum(len(text.pages) for text in texts)
         done, results = 0, []
@@ -133,11 +134,21 @@ class Encoder:
             yield Chunk(groups, max(len(page) for group in groups for page in group.tokens))
 
 
+def require_sink_room(table: PageTable, config: RetroConfig) -> None:
+    """Raise `UserError` if the sink pages of a text leave no room for another page and the current one."""
+    own = table.page_size if config.strict_budget else 0
+    if table.num_tokens > config.kv_budget and table.sink_tokens + own + table.page_size > config.kv_budget:
+        raise UserError(
+            f"The prefix (BOS and the chat template's head) takes {table.sink_tokens} tokens and leaves no room for "
+            f"the text in kv_budget={config.kv_budget}. Raise kv_budget, or use prefix_page=False or chat=False."
+        )
+
+
 def require_room(query: PageGroup, config: RetroConfig) -> None:
     """Raise `UserError` if a query page leaves no room for the text it asks about."""
     table = query.table
     needed = min(max(1, config.num_local_pages) + len(query.pinned), max(len(table) - table.num_sink, 0))
-    if query.room[0] < needed:
+    if query.room[0] < needed or len(query.tokens[0]) > config.kv_budget:
         raise UserError(
             f"The question takes {len(query.tokens[0])} tokens and leaves room for {max(query.room[0], 0)} pages of "
             f"the text in kv_budget={config.kv_budget}; at least {needed} needed. Shorten it or raise kv_budget."

@@ -36,7 +36,7 @@ class GenerateOptions:
         tokenizer: for `stop_strings`; may be None.
 
     Attributes:
-        eos_ids: tokens that end a sequence. pad_id: what fills a batch up. num_sequences: rows that generation keeps per prompt.
+        eos_ids, pad_id: what came of them. num_sequences: rows that generation keeps per prompt.
         keeps_rows: whether row i stays row i while generating (not so in beam search).
 
     Raises:
@@ -54,7 +54,8 @@ class GenerateOptions:
         beams, sequences = (int(self._value(name) or 1) for name in ("num_beams", "num_return_sequences"))
         self.num_sequences = max(beams, sequences)
         self.keeps_rows = beams == 1
-        self.pad_id = int(self._options.pop("pad_token_id", None) or pad_id)
+        own_pad = self._options.pop("pad_token_id", None)
+        self.pad_id = pad_id if own_pad is None else int(own_pad)
         self.streamer = self._options.pop("streamer", None)
         self._criteria = list(self._options.pop("stopping_criteria", None) or [])
         stop_strings = self._options.pop("stop_strings", None)

@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..errors import UserError
 from ..paging import PageTable, page_lengths
+from .backbone import Backbone
 from .chunk import Chunk
 from .decode import DecodeProgram, build_cache
 from .encoder import Encoder
@@ -185,7 +186,7 @@ class Generator:
         per_query = len(found) // len(queries)
         for i, (query, capture) in enumerate(zip(queries, captures, strict=True)):
             own = found[i * per_query : (i + 1) * per_query]
-            _record(query, capture, own)
+            _record(query, capture, own, backbone)
             query.ttft_s = query.ttft_s or first.at - started
             query.tpot_s = (finished - first.at) / max(len(own[0][0]) - 1, 1)
 
@@ -205,12 +206,12 @@ def _ended(tokens: list[int], eos_ids: tuple[int, ...], stop: int) -> tuple[list
     return (tokens[: min(ends)], True) if ends else (tokens, False)
 
 
-def _record(query: Query, capture: QueryCapture, found: list[tuple[list[int], bool]]) -> None:
+def _record(query: Query, capture: QueryCapture, found: list[tuple[list[int], bool]], backbone: Backbone) -> None:
     query.sequences = [query.generated + tokens for tokens, _ in found]
     query.generated = query.sequences[0]
     query.ended = found[0][1]
     query.choices = query.choices or capture.choices
-    attended = max(choice.attended_tokens for choice in capture.choices)
+    attended = max(c.attended_tokens for layer, c in enumerate(capture.choices) if backbone.retrieves(layer))
     query.peak_prefill = max(query.peak_prefill, attended)
     new = max(len(tokens) for tokens, _ in found)
     query.peak_decode = max(query.peak_decode, attended + max(new - 1, 0))

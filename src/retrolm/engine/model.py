@@ -144,7 +144,8 @@ class RetroLM:
         """Read one text, or several side by side.
 
         Args:
-            source: a text, a `pathlib.Path` to a file, or token ids (int64 tensor [T]); or a list of these.
+            source: a text, a `pathlib.Path` to a file, or token ids (whole numbers or int64 tensor [T]); or a list of
+                these.
             progress: called with (pages done, pages in all) after each chunk.
 
         Returns:
@@ -153,7 +154,7 @@ class RetroLM:
         Raises:
             UserError: nothing to read, or a file that can't be.
         """
-        if isinstance(source, list):
+        if isinstance(source, list) and not _is_ids(source):
             return self._read(source, progress)
         return self._read([source], progress)[0]
 
@@ -194,10 +195,22 @@ class RetroLM:
                 raise UserError("Reading text needs a tokenizer. Pass one, or read token ids.")
             found = self.tokenizer(source, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             return source, found["input_ids"], found["offset_mapping"]
-        ids = torch.as_tensor(source).flatten().tolist()
+        if not isinstance(source, Tensor) and not _is_ids(source):
+            kind = type(source).__name__
+            raise UserError(f"Can't read a {kind}. Give a text, a pathlib.Path, token ids, or a list of these.")
+        ids = [int(i) for i in source]
         if not ids:
             raise UserError("Nothing to read: there are no token ids.")
+        self._require_vocabulary(ids)
         return None, ids, []
+
+    def _require_vocabulary(self, ids: list[int]) -> None:
+        size = self.model.get_input_embeddings().num_embeddings
+        outside = [i for i in ids if not 0 <= i < size]
+        if outside:
+            raise UserError(
+                f"Token id {outside[0]} is outside the model's vocabulary of {size}. Is it another tokenizer's?"
+            )
 
     def _cut(self, prefix: list[int], ids: list[int]) -> list[list[int]]:
         """Token ids by page: prefix pages broken off before the text (the attention sink), then the text."""
@@ -352,6 +365,8 @@ class RetroLM:
         prompts = [row[mask.bool()].tolist() for row, mask in zip(rows, keep, strict=True)]
         if not all(prompts):
             raise UserError("Nothing to continue: a prompt has no tokens.")
+        for ids in prompts:
+            self._require_vocabulary(ids)
         checked = self._options(options, _eos_ids(self.model.generation_config))
         cut = [self._cut([], ids) for ids in prompts]
         store = self._new_store(sum(map(len, cut)))
@@ -392,12 +407,19 @@ class RetroLM:
             text=self.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
             token_ids=tuple(tokens),
             retrieval=self._retrieval(document, query.table, query.choices),
-            attended_tokens={"prefill": max(document.peak_attended, query.peak_prefill), "decode": query.peak_decode},
+            attended_tokens=self._attended(document, query),
             max_position=query.max_position,
             timings=Timings(document.prefill_s, query.ttft_s, query.tpot_s),
             kv_bytes={"device": stored.device, "host": stored.host, "cache": query.cache_bytes},
             truncated=not query.ended,
         )
+
+    def _attended(self, document: Document, query: Query) -> dict[str, int]:
+        found = {"prefill": max(document.peak_attended, query.peak_prefill), "decode": query.peak_decode}
+        if document.encoder.kept_window:
+            so_far = query.table.num_tokens + len(query.tokens) + len(query.generated)
+            found["sliding"] = min(document.encoder.kept_window, so_far)
+        return found
 
     def _retrieval(self, document: Document, table: PageTable, choices: list[LayerChoice]) -> Retrieval:
         width = max(len(choice.ordinals) for choice in choices)
@@ -467,6 +489,11 @@ def _eos_ids(*sources: Any) -> tuple[int, ...]:
         ids = getattr(source, "eos_token_id", None)
         found += ids if isinstance(ids, list) else [] if ids is None else [ids]
     return tuple(dict.fromkeys(int(i) for i in found))
+
+
+def _is_ids(source: Any) -> bool:
+    """Whether a list is one row of token ids rather than several texts."""
+    return isinstance(source, (list, tuple)) and len(source) > 0 and all(isinstance(i, int) for i in source)
 
 
 def _pad_id(tokenizer: Any, eos_ids: tuple[int, ...]) -> int:

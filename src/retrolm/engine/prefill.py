@@ -72,6 +72,10 @@ class PrefillParts:
             return self.method
         return METHODS.get("mean_key" if self.config.first_layer_mode == "mean_key" else "recency")()
 
+    def scores_pages(self, layer: int) -> bool:
+        """Whether a layer's choice rests on scores, not just on recency."""
+        return layer >= self.config.num_skip_layers or self.config.first_layer_mode == "mean_key"
+
     def room(self, layer: int, group: PageGroup) -> list[int]:
         """How many pages besides the sinks each page of `group` may attend in a layer."""
         if layer < self.config.num_skip_layers and self.config.first_layer_mode == "full":
@@ -168,7 +172,7 @@ class PrefillProgram:
         chosen = choose_pages(scores, group.num_past, room, group.table.num_sink, config.num_local_pages, pinned)
         if layer + 1 < self.parts.backbone.num_layers:
             self.parts.store.prefetch(layer + 1, group.table.ids.to(chosen.device)[chosen[-1].clamp(min=0)])
-        return chosen, scores
+        return chosen, scores if self.parts.scores_pages(layer) else None
 
     def _shifted(self, layer: int, group: PageGroup, probes_nF: Tensor) -> Tensor:
         """With causal selection each text page uses the probe of the page before it (D22)."""
