@@ -23,6 +23,7 @@ from .errors import IncompatibleRetrieverError, UserError
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "retriever.safetensors"
 CARD_FILE = "card.json"
+_SCALE = ".scale"
 
 
 @dataclass(frozen=True)
@@ -99,13 +100,19 @@ class PageRetriever(nn.Module):
         out: Tensor = module(rows)
         return out
 
-    def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
-        """Write weights and card into `folder`; both appear whole or not at all."""
+    def save(self, folder: str | Path, bits: int = 32) -> Path:
+        """Write weights and card into `folder`; both appear whole or not at all.
+
+        Args:
+            bits: 32 (as trained), 16 (bfloat16) or 8 (matrices as integers with one scale per row).
+        """
+        if bits not in _PACKERS:
+            raise UserError(f"bits={bits!r} is not a choice. Allowed: {', '.join(map(str, sorted(_PACKERS)))}.")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        if dtype is not None:
-            tensors = {name: value.to(dtype) for name, value in tensors.items()}
+        tensors: dict[str, Tensor] = {}
+        for name, value in self.state_dict().items():
+            tensors.update(_PACKERS[bits](name, value.detach().cpu().contiguous()))
         card = {"format_version": FORMAT_VERSION, **asdict(self.card)}
         part = folder / (WEIGHTS_FILE + ".part")
         save_file(tensors, part)
@@ -114,6 +121,34 @@ class PageRetriever(nn.Module):
         part.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         part.replace(folder / CARD_FILE)
         return folder
+
+
+def _pack_32(name: str, value: Tensor) -> dict[str, Tensor]:
+    return {name: value}
+
+
+def _pack_16(name: str, value: Tensor) -> dict[str, Tensor]:
+    return {name: value.to(torch.bfloat16)}
+
+
+def _pack_8(name: str, value: Tensor) -> dict[str, Tensor]:
+    """A matrix [rows, columns] as int8 with a float32 scale per row; vectors stay float32."""
+    if value.dim() != 2:
+        return {name: value}
+    scale = value.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+    return {name: (value.float() / scale).round().to(torch.int8), name + _SCALE: scale[:, 0]}
+
+
+def _unpacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Float32 tensors of a saved retriever, whatever it was packed as."""
+    plain = {name: value.float() for name, value in tensors.items() if not name.endswith(_SCALE)}
+    for name, scale in tensors.items():
+        if name.endswith(_SCALE):
+            plain[name.removesuffix(_SCALE)] *= scale[:, None]
+    return plain
+
+
+_PACKERS = {8: _pack_8, 16: _pack_16, 32: _pack_32}
 
 
 def read_card(folder: str | Path) -> RetrieverCard:
@@ -150,7 +185,7 @@ def load_retriever(folder: str | Path, shapes: list[ProjectionShape], backbone: 
         raise UserError(f"{folder} holds no retriever weights: {WEIGHTS_FILE} is missing. Export the retriever again.")
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = _unpacked({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     except Exception as error:
         raise UserError(f"{path} can't be read ({error}). Export the retriever again.") from None
     retriever = PageRetriever(shapes, tensors["embedding"], card)
