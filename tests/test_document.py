@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def test_conversation_equals_the_stock_model_on_the_joined_ids(name: str, retrie
         ids += [token for token in answer.token_ids if token not in lm.eos_ids]
 
 
-# --- batches ----------------------------------------------------------------------------------------------------------
+# --- batches -------------------------------------------------------------------------------------------------------
 
 TEXTS = [story(500), story(90, 7), story(11, 40), story(301, 100)]
 QUESTIONS = [
@@ -149,7 +150,7 @@ def test_asking_leaves_the_document_as_it_was() -> None:
     assert document.encoder.parts.store.num_used == used
 
 
-# --- what a document and an answer say --------------------------------------------------------------------------------
+# --- what a document and an answer say -----------------------------------------------------------------------------
 
 
 def test_pages_span_the_text() -> None:
@@ -158,7 +159,7 @@ def test_pages_span_the_text() -> None:
     document = lm.read(text)
     spans = [span for span in document.page_spans if span != (0, 0)]
     assert spans[0][0] == 0 and spans[-1][1] == len(text)
-    assert all(left[1] == right[0] for left, right in zip(spans, spans[1:], strict=False))
+    assert all(left[1] == right[0] for left, right in pairwise(spans))
     for page, (start, end) in enumerate(document.page_spans):
         if end:
             assert document.page_text(page) == text[start:end] == lm.tokenizer.decode(document.token_ids[page])
@@ -252,7 +253,7 @@ def test_progress_counts_pages() -> None:
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
-# --- streams ------------------------------------------------------------------------------------------------------------
+# --- streams -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("retrieve_every", [0, 4])
@@ -287,7 +288,7 @@ def test_a_failed_answer_gives_its_pages_back() -> None:
         assert stock_logits(lm.model, torch.tensor([2, 3, 4])).isfinite().all()
 
 
-# --- errors ---------------------------------------------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("source", ["", "  \n\t ", [], torch.tensor([]), Path("/nowhere/book.txt"), [[]], 17])

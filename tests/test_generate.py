@@ -1,4 +1,4 @@
-"""F2: generating over the compact cache is transformers' `generate`, features and all, if the budget covers the prompt."""
+"""F2: generating over the compact cache is transformers' `generate`, features and all, if the budget allows."""
 
 from __future__ import annotations
 

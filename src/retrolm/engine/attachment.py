@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -32,6 +33,7 @@ class Program(Protocol):
         ...
 
 
+_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _PROGRAM: ContextVar[Program | None] = ContextVar("retrolm_program", default=None)
 
 
@@ -47,7 +49,9 @@ def _attention(
 ) -> tuple[Tensor, None]:
     program = _PROGRAM.get()
     if program is None:
-        raise RuntimeError("RetroLM's attention was called outside a RetroLM forward pass")
+        raise RuntimeError(
+            "This model is in use by RetroLM in another thread. Run passes of your own while RetroLM is idle."
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return program.attend(int(module.layer_idx), query, key, value, scale, softcap), None  # type: ignore[arg-type]
 
@@ -55,33 +59,37 @@ def _attention(
 class Attachment:
     """Binds a backbone to RetroLM; `detach` leaves the model as it was, bit for bit.
 
-    One forward pass runs at a time: `run` holds a lock, since the attention implementation is a setting of the model.
+    One forward pass of a model runs at a time, whoever attached to it: `run` holds the model's lock, since the
+    attention implementation is a setting of the model. Several attachments to one model keep out of each other's passes.
     """
 
     def __init__(self, backbone: Backbone) -> None:
         AttentionInterface.register(ATTENTION_NAME, _attention)
         self._config: Any = backbone.layers[0].attention.config
-        self._lock = threading.RLock()
+        self._lock = _LOCKS.setdefault(backbone.decoder, threading.RLock())
+        self._program: Program | None = None
         self._handles = [
-            getattr(layer.attention, name).register_forward_hook(_projection_hook(index, name))
+            getattr(layer.attention, name).register_forward_hook(self._projection_hook(index, name))
             for index, layer in enumerate(backbone.layers)
             for name in layer.projections
         ]
         if backbone.has_switching_rope:
-            hook = _rotary_hook(backbone)
+            hook = self._rotary_hook(backbone)
             self._handles.append(backbone.decoder.rotary_emb.register_forward_hook(hook, with_kwargs=True))
 
     @contextmanager
     def run(self, program: Program) -> Iterator[None]:
         """Let `program` decide attention and bookmark projections until the block ends."""
         with self._lock:
-            before = self._config._attn_implementation
+            before, outer = self._config._attn_implementation, self._program
             token = _PROGRAM.set(program)
+            self._program = program
             self._config._attn_implementation = ATTENTION_NAME
             try:
                 yield
             finally:
                 self._config._attn_implementation = before
+                self._program = outer
                 _PROGRAM.reset(token)
 
     def detach(self) -> None:
@@ -90,26 +98,29 @@ class Attachment:
             handle.remove()
         self._handles.clear()
 
-
-def _rotary_hook(backbone: Backbone) -> Any:
-    """Keep to one set of frequencies, whatever length the stock module sees in a pass over compact positions."""
-
-    def hook(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor] | None:
-        if _PROGRAM.get() is None:
-            return None
-        positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
-        layer_type = args[2] if len(args) > 2 else kwargs.get("layer_type")
-        cos, sin = backbone.rope_at(layer_type, positions)
-        return cos.to(out[0]), sin.to(out[1])
-
-    return hook
-
-
-def _projection_hook(layer: int, name: str) -> Any:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
+    def _running(self) -> Program | None:
+        """The program that this attachment runs in this thread, if any."""
         program = _PROGRAM.get()
-        return None if program is None else program.project(layer, name, args[0], out)
+        return program if program is self._program else None
 
-    return hook
+    def _projection_hook(self, layer: int, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
+            program = self._running()
+            return None if program is None else program.project(layer, name, args[0], out)
+
+        return hook
+
+    def _rotary_hook(self, backbone: Backbone) -> Any:
+        """Keep to one set of frequencies, whatever length the stock module sees in a pass over compact positions."""
+
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: tuple[Tensor, Tensor]
+        ) -> tuple[Tensor, Tensor] | None:
+            if self._running() is None:
+                return None
+            positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+            layer_type = args[2] if len(args) > 2 else kwargs.get("layer_type")
+            cos, sin = backbone.rope_at(layer_type, positions)
+            return cos.to(out[0]), sin.to(out[1])
+
+        return hook

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class RopeTable:
         self._like = torch.zeros(1, dtype=dtype, device=device)
         self._anchor = anchor
         self._limit = limit
+        self._lock = threading.Lock()
         self._cos, self._sin = self._compute(256)
         self.scaling = float(self._cos[0, 0])
         self._probe()
@@ -63,8 +65,9 @@ class RopeTable:
                 f"{num_positions} positions are needed but the model's RoPE type allows {self._limit} here. "
                 "Use a smaller kv_budget or fewer new tokens."
             )
-        if num_positions > len(self._cos):
-            self._cos, self._sin = self._compute(max(num_positions, 2 * len(self._cos)))
+        with self._lock:
+            if num_positions > len(self._cos):
+                self._cos, self._sin = self._compute(max(num_positions, 2 * len(self._cos)))
 
     def _compute(self, num_positions: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         positions = torch.arange(num_positions, device=self._like.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,22 +58,25 @@ class PageStore(ABC):
     def __init__(self, layout: PageLayout) -> None:
         self.layout = layout
         self._free: list[int] = []
+        self._lock = threading.Lock()
         self._capacity = 0
 
     def reserve(self, num_pages: int) -> Tensor:
         """Return `num_pages` unused page numbers, int64, ascending and contiguous where possible."""
-        if len(self._free) < num_pages:
+        with self._lock:
             missing = num_pages - len(self._free)
-            self._grow(missing)
-            self._free.extend(range(self._capacity, self._capacity + missing))
-            self._capacity += missing
-        self._free.sort()
-        taken, self._free = self._free[:num_pages], self._free[num_pages:]
+            if missing > 0:
+                self._grow(missing)
+                self._free.extend(range(self._capacity, self._capacity + missing))
+                self._capacity += missing
+            self._free.sort()
+            taken, self._free = self._free[:num_pages], self._free[num_pages:]
         return torch.tensor(taken, dtype=torch.int64)
 
     def release(self, ids: Tensor | Sequence[int]) -> None:
         """Give page numbers back; their contents may be overwritten."""
-        self._free.extend(int(i) for i in ids)
+        with self._lock:
+            self._free.extend(int(i) for i in ids)
 
     @property
     def num_used(self) -> int:
