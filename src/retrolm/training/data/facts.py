@@ -21,9 +21,10 @@ _HAYSTACK_WEIGHTS = (45, 15, 15, 25)
 _SEVERAL_VALUES_SHARE = 0.1
 _SEVERAL_KEYS_SHARE = 0.12
 _REVERSE_SHARE = 0.12
+_MIXED_FORMS_SHARE = 0.3
 _DECOY_SHARE = 0.2
 _ANSWER_PREFIX_SHARE = 0.35
-_TRIAL_LINES = 16
+_TRIAL_LINES = 48
 _PLENTIFUL_KINDS = ("number", "uuid", "hex", "plate", "word_pair", "person")  # enough of them for long lists
 
 
@@ -59,18 +60,24 @@ def draw_quiz(rng: random.Random, wording: Wording, num_keys: int) -> Quiz:
     """Draw facts of one wording and a question for some of them."""
     values_per_key = rng.randint(2, 4) if rng.random() < _SEVERAL_VALUES_SHARE else 1
     kinds = rng.choice(wording.key_kinds), rng.choice(wording.value_kinds)
-    quiz = quiz_on(rng, wording, random_facts(rng, num_keys, *kinds, values_per_key))
+    quiz = quiz_on(rng, some_forms(rng, wording), random_facts(rng, num_keys, *kinds, values_per_key))
     return with_decoys(rng, quiz, wording) if rng.random() < _DECOY_SHARE else quiz
 
 
+def some_forms(rng: random.Random, wording: Wording) -> Wording:
+    """Keep one form of statement, most of the time, or all."""
+    return (
+        wording if rng.random() < _MIXED_FORMS_SHARE else replace(wording, statements=(rng.choice(wording.statements),))
+    )
+
+
 def quiz_on(rng: random.Random, wording: Wording, facts: Sequence[Fact]) -> Quiz:
-    """State facts in random order, mostly in one form, and ask for one key or a few."""
+    """State facts in random order and ask for one key or a few."""
     num_asked = min(len(facts), rng.randint(2, 4)) if rng.random() < _SEVERAL_KEYS_SHARE else 1
     asked = set(rng.sample(range(len(facts)), num_asked))
     order = [(number, value) for number, fact in enumerate(facts) for value in fact.values]
     rng.shuffle(order)
-    forms = wording.statements if rng.random() < 0.3 else (rng.choice(wording.statements),)
-    statements = [_state(rng.choice(forms), facts[number].key, value) for number, value in order]
+    statements = [_state(rng.choice(wording.statements), facts[number].key, value) for number, value in order]
     questioned = [facts[number] for number in sorted(asked)]
     question, prefix = _ask(rng, wording, questioned)
     is_evidence = [number in asked for number, _ in order]
@@ -151,7 +158,7 @@ def _list_of_facts(
     context: BuildContext, frame: Frame, num_tokens: int, rng: random.Random
 ) -> tuple[list[Piece], Quiz]:
     """Fill a text with nothing but facts of one wording, as many as fit."""
-    wording = draw_line_wording(rng) if rng.random() < 0.5 else draw_wording(rng)
+    wording = draw_line_wording(rng) if rng.random() < 0.5 else some_forms(rng, draw_wording(rng))
     kinds = _plentiful(rng, wording.key_kinds), _plentiful(rng, wording.value_kinds)
     gap = rng.choice(("\n", "\n", "\n", "\n\n", " "))
     room = context.room(frame, (), num_tokens)
