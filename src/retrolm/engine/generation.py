@@ -182,7 +182,7 @@ class Generator:
         rows = out[:, mask.shape[1] :].tolist()
         stops = [max(at - mask.shape[1], 0) for at in call.stop.lengths]
         stops = stops if stops and options.keeps_rows else [0] * len(rows)
-        found = [_ended(row, options.eos_ids, stop) for row, stop in zip(rows, stops, strict=True)]
+        found = [ended(row, options.eos_ids, stop) for row, stop in zip(rows, stops, strict=True)]
         per_query = len(found) // len(queries)
         for i, (query, capture) in enumerate(zip(queries, captures, strict=True)):
             own = found[i * per_query : (i + 1) * per_query]
@@ -200,7 +200,7 @@ def _input_ids(queries: list[Query], ends: list[int], width: int, pad_id: int) -
     return input_ids
 
 
-def _ended(tokens: list[int], eos_ids: tuple[int, ...], stop: int) -> tuple[list[int], bool]:
+def ended(tokens: list[int], eos_ids: tuple[int, ...], stop: int) -> tuple[list[int], bool]:
     """Drop what `generate` pads behind the end of a sequence; `stop` is where a criterion held, or 0."""
     ends = [index + 1 for index, token in enumerate(tokens) if token in eos_ids][:1] + ([stop] if stop else [])
     return (tokens[: min(ends)], True) if ends else (tokens, False)

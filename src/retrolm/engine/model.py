@@ -258,11 +258,17 @@ class RetroLM:
     # --- asking ---------------------------------------------------------------------------------------------
 
     def ask_batch(
-        self, pairs: Sequence[tuple[Document, str]], *, max_new_tokens: int = 64, raw: bool = False, **options: Any
+        self,
+        pairs: Sequence[tuple[Document, str | Sequence[int]]],
+        *,
+        max_new_tokens: int = 64,
+        raw: bool = False,
+        **options: Any,
     ) -> list[Answer]:
         """Answer several (document, question) pairs at once; the same as one at a time.
 
-        Documents that were read together are answered in one batch; others one after the other.
+        A question given as token ids is taken as it stands, up to where the answer begins. Documents that were read
+        together are answered in one batch; others one after the other.
         """
         checked = self._options(options, self.eos_ids)
         for document, _ in pairs:
@@ -385,8 +391,14 @@ class RetroLM:
             row[rows.shape[1] : rows.shape[1] + len(tokens)] = torch.tensor(tokens)
         return out.to(input_ids.device)
 
-    def question_ids(self, question: str, raw: bool = False, follow_up: bool = False) -> list[int]:
-        """Token ids of a question page, chat template's tail included."""
+    def question_ids(self, question: str | Sequence[int], raw: bool = False, follow_up: bool = False) -> list[int]:
+        """Token ids of a question page, chat template's tail included; ids are taken as they stand."""
+        if not isinstance(question, str):
+            ids = [int(i) for i in question]
+            if not ids:
+                raise UserError("The question is empty.")
+            self._require_vocabulary(ids)
+            return ids
         if self.format is None:
             raise UserError("Asking needs a tokenizer. Pass one, or use generate(input_ids).")
         if not question.strip():
