@@ -1,0 +1,120 @@
+"""Dense attention by the stock model inside a `RetroLM`: the same token ids, nothing left out, nothing replaced.
+
+Several prompts are prefilled one by one (no padding, no mask, so the stock kernels run as they would alone) and then
+decoded together over their joined caches.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from .generate_options import GenerateOptions
+from .generation import FirstToken, ended
+from .model import RetroLM
+
+
+@dataclass(frozen=True)
+class StockAnswer:
+    """What the stock model generated.
+
+    Attributes:
+        text: the answer without special tokens. token_ids: its tokens.
+        num_attended: most keys that any token attended to.
+        ttft_s: from the start of the batch to its first token. tpot_s: each further token.
+        truncated: generation stopped at `max_new_tokens`.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    num_attended: int
+    ttft_s: float
+    tpot_s: float
+    truncated: bool
+
+
+@torch.no_grad()
+def stock_answers(
+    lm: RetroLM, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, **options: Any
+) -> list[StockAnswer]:
+    """Continue each prompt (token ids) with dense attention; the same as one at a time.
+
+    Args:
+        options: as for transformers' `generate`, one sequence per prompt.
+
+    Raises:
+        UserError: an unknown option, or one that can't be honoured.
+    """
+    if not can_join(lm) and len(prompts) > 1:
+        return [stock_answers(lm, [ids], max_new_tokens=max_new_tokens, **options)[0] for ids in prompts]
+    checked = GenerateOptions(lm.model, options, lm.eos_ids, lm.pad_id, lm.tokenizer)
+    started, first = time.perf_counter(), FirstToken()
+    width = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), width), lm.pad_id)
+    for row, ids in zip(input_ids, prompts, strict=True):
+        row[width - len(ids) :] = torch.tensor(ids)
+    mask = torch.arange(width) >= torch.tensor([width - len(ids) for ids in prompts])[:, None]
+    call = checked.call(max_new_tokens, first, None)
+    out = lm.model.generate(
+        input_ids=input_ids.to(lm.device),
+        attention_mask=mask.to(lm.device).long(),
+        past_key_values=_prefilled(lm, prompts),
+        **call.arguments,
+    )
+    finished = time.perf_counter()
+    rows = out[:, width:].tolist()
+    stops = [max(at - width, 0) for at in call.stop.lengths] or [0] * len(rows)
+    found = [ended(row, checked.eos_ids, stop) for row, stop in zip(rows, stops, strict=True)]
+    steps = max(out.shape[1] - width - 1, 1)
+    return [
+        StockAnswer(
+            text=lm.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+            token_ids=tuple(tokens),
+            num_attended=len(ids) + max(len(tokens) - 1, 0),
+            ttft_s=first.at - started,
+            tpot_s=(finished - first.at) / steps,
+            truncated=not over,
+        )
+        for ids, (tokens, over) in zip(prompts, found, strict=True)
+    ]
+
+
+def can_join(lm: RetroLM) -> bool:
+    """Whether caches of several prompts can be decoded together with the same result as apart.
+
+    Not so with sliding layers, which keep a window of each prompt, and with RoPE that depends on the longest one.
+    """
+    return not lm.backbone.has_switching_rope and all(info.window is None for info in lm.backbone.layers)
+
+
+def _prefilled(lm: RetroLM, prompts: Sequence[Sequence[int]]) -> DynamicCache | None:
+    """The joined cache of all tokens but each prompt's last one; None where there is nothing but the last one."""
+    width = max(map(len, prompts)) - 1
+    if len(prompts) == 1 or not width:
+        return None
+    caches = [_cache(lm, ids[:-1]) for ids in prompts]
+    joined = DynamicCache()
+    for layer in range(lm.backbone.num_layers):
+        keys = torch.cat([_padded(cache, layer, width, True) for cache in caches])
+        values = torch.cat([_padded(cache, layer, width, False) for cache in caches])
+        joined.update(keys, values, layer)
+        for cache in caches:
+            cache.layers[layer] = None  # frees the layer before the next one is joined
+    return joined
+
+
+def _cache(lm: RetroLM, ids: Sequence[int]) -> Any:
+    inputs = torch.tensor([list(ids)], device=lm.device)
+    return lm.model(inputs, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def _padded(cache: Any, layer: int, width: int, keys: bool) -> Tensor:
+    """Keys or values [1, K, width, D] of a layer, zeros at the left."""
+    found: Tensor = cache.layers[layer].keys if keys else cache.layers[layer].values
+    return torch.nn.functional.pad(found, (0, 0, width - found.shape[2], 0))
