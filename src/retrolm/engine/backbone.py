@@ -27,7 +27,7 @@ class LayerInfo:
         attention: its self-attention module. projections: names of the q/k/v projection modules in it.
         window: sliding window in tokens, or None for full attention.
         layer_type: key into the rope tables. device: where the layer computes.
-        key_bias: constant part of the key projection [K, D], or None (also None where a norm follows).
+        key_bias: constant part of the key projection [K*D], or None (also None where a norm follows).
     """
 
     attention: nn.Module
@@ -159,7 +159,24 @@ class Backbone:
         bias = getattr(getattr(attention, "k_proj", None), "bias", None)
         if bias is None or hasattr(attention, "k_norm"):
             return None
-        return bias.detach().reshape(self.num_kv_heads, self.head_dim)
+        return bias.detach()
+
+    def content_keys(self, layer: int, rows: Tensor, out: Tensor) -> Tensor | None:
+        """The key projection of `rows` without its bias, or None if it has none.
+
+        The bias is the same in every key and changes no ranking, but it reaches 211 in Qwen2: a low-precision key
+        that holds it has lost what tells pages apart, so the projection is done again without it.
+
+        Args:
+            rows: normed inputs [..., hidden]. out: what the projection made of them, [..., K*D].
+        """
+        bias = self.layers[layer].key_bias
+        if bias is None:
+            return None
+        module = self.layers[layer].attention.k_proj
+        if type(module) is nn.Linear and not module.weight.is_meta:
+            return nn.functional.linear(rows, module.weight)
+        return out - bias
 
     def _rope_tables(self, position_limit: int) -> dict[tuple[str | None, torch.device], RopeTable]:
         rotary = getattr(self.decoder, "rotary_emb", None)

@@ -47,17 +47,21 @@ class BookmarkProgram:
         rows = batch.starts_BM[..., None] + inside
         first = torch.arange(B, device=rows.device)[:, None, None] * T
         self._own = (first + rows.clamp(max=T - 1)).flatten(0, 1)
+        self._content: Tensor | None = None
         self.states = BookmarkStates()
 
     def project(self, layer: int, name: str, rows: Tensor, out: Tensor) -> Tensor | None:
-        return None if self._retriever is None else out + self._retriever.delta(layer, name, rows).to(out.dtype)
+        delta = None if self._retriever is None else self._retriever.delta(layer, name, rows).to(out.dtype)
+        if name == "k_proj":
+            content = self._backbone.content_keys(layer, rows, out)
+            self._content = content if content is None or delta is None else content + delta
+        return None if delta is None else out + delta
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
         rope = self._backbone.rope(layer)
         q, k = (unscaled(x, rope.scaling, rope.rotary_dims).transpose(1, 2) for x in (q, k))
-        bias = self._backbone.layers[layer].key_bias
         self.states.queries.append(q)
-        self.states.keys.append(k if bias is None else k - bias)
+        self.states.keys.append(k if self._content is None else self._content.reshape(k.shape))
         keys, values = self._dense.keys[layer], self._dense.values[layer]
         own_k, own_v = (x.flatten(0, 1)[self._own] for x in (keys, values))
         B, M = q.shape[:2]

@@ -93,14 +93,21 @@ class PrefillProgram:
         self.captures = [QueryCapture(g.end[0] + len(g.tokens[0])) if g.is_query else None for g in chunk.groups]
         self.peak_attended = 0
         self._lengths = chunk.page_lengths()
+        self._content: Tensor | None = None
         self._layouts: dict[tuple[object, ...], SetLayout] = {}
 
     def project(self, layer: int, name: str, rows: Tensor, out: Tensor) -> Tensor | None:
-        retriever = self.parts.retriever
-        if retriever is None or not self.num_bookmarks:
+        if not self.num_bookmarks:
             return None
         marks = slice(-self.num_bookmarks, None)
-        out[:, marks] += retriever.delta(layer, name, rows[:, marks]).to(out.dtype)
+        if name == "k_proj":
+            self._content = self.parts.backbone.content_keys(layer, rows[:, marks], out[:, marks])
+        if self.parts.retriever is None:
+            return None
+        delta = self.parts.retriever.delta(layer, name, rows[:, marks]).to(out.dtype)
+        out[:, marks] += delta
+        if name == "k_proj" and self._content is not None:
+            self._content = self._content + delta
         return out
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
@@ -135,7 +142,8 @@ class PrefillProgram:
         pages = PageTensors(layer, q_NQHD, k_NQKD, self._lengths.to(device), ordinals)
         if marks is not None:
             pages.bookmark_q_NHD, pages.bookmark_k_NKD = marks[0], marks[1]
-            pages.key_bias_KD = self.parts.backbone.layers[layer].key_bias
+            if self._content is not None and not self.parts.config.score_rope:
+                pages.bookmark_k_NKD = self._content[0].reshape(marks[1].shape)
         if self.parts.config.score_rope:
             rope = self.parts.backbone.rope(layer)
             starts = ordinals * self.parts.config.page_size
@@ -354,7 +362,6 @@ def _take(pages: PageTensors, where: slice) -> PageTensors:
         pages.ordinals[where],
         cut(pages.bookmark_q_NHD),
         cut(pages.bookmark_k_NKD),
-        pages.key_bias_KD,
         cut(pages.page_cos),
         cut(pages.page_sin),
     )

@@ -25,9 +25,8 @@ class PageTensors:
         q_NWHD, k_NWKD: rows at or past `lengths` are padding.
         lengths: tokens of each page, int64 [N].
         ordinals: index of each page in its document, int64 [N].
-        bookmark_q_NHD, bookmark_k_NKD: the bookmarks' rows, if the method asks for bookmarks.
-        key_bias_KD: constant part of the model's key projection, or None. Subtracting it from a key changes no
-            ranking before RoPE, and keeps low-precision keys apart.
+        bookmark_q_NHD, bookmark_k_NKD: the bookmarks' rows, if the method asks for bookmarks; keys without the
+            constant bias of the projection, except under `score_rope`.
         page_cos, page_sin: RoPE tables at each page's true start, [N, R]; only if `score_rope` is on.
     """
 
@@ -38,7 +37,6 @@ class PageTensors:
     ordinals: Tensor
     bookmark_q_NHD: Tensor | None = None
     bookmark_k_NKD: Tensor | None = None
-    key_bias_KD: Tensor | None = None
     page_cos: Tensor | None = None
     page_sin: Tensor | None = None
 

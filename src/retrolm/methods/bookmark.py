@@ -20,11 +20,7 @@ class BookmarkMethod(PageMethod):
 
     def digest(self, pages: PageTensors) -> Tensor:
         assert pages.bookmark_k_NKD is not None
-        keys = pages.bookmark_k_NKD
-        # Only before RoPE is the bias the same constant in every page's score.
-        if pages.key_bias_KD is not None and pages.page_cos is None:
-            keys = keys - pages.key_bias_KD
-        return _placed(keys, pages).flatten(1)
+        return _placed(pages.bookmark_k_NKD, pages).flatten(1)
 
     def probe(self, pages: PageTensors) -> Tensor:
         assert pages.bookmark_q_NHD is not None

@@ -22,6 +22,7 @@ class Stage1TrainConfig:
         dtype: dtype of the frozen backbone; trained weights are float32 always.
         page_size: tokens per page.
         rank: rank of the W^b deltas; 0 = full matrices.
+        init_from: folder of a retriever of the same backbone and rank to start from; "" = untrained.
         num_steps: optimiser steps. tokens_per_batch: text tokens of one forward pass at most.
         accumulate: forward passes per optimiser step, over all processes.
         lr: peak learning rate of the deltas; embedding_lr of the bookmark embedding.
@@ -40,6 +41,7 @@ class Stage1TrainConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     page_size: int = 128
     rank: int = 48
+    init_from: str = ""
     num_steps: int = 1000
     tokens_per_batch: int = 65536
     accumulate: int = 1

@@ -18,12 +18,12 @@ from torch.utils.data import DataLoader
 
 from ...engine.model import RetroLM
 from ...errors import UserError
-from ...retriever import PageRetriever, RetrieverCard
+from ...retriever import PageRetriever, RetrieverCard, load_retriever
 from ..data.dataset import Stage1Dataset
 from ..data.mixture import text_length
 from .batches import Collate, Stage1Batch, micro_batches
 from .checkpoint import TrainState, load_state, save_state
-from .config import Stage1Recipe
+from .config import Stage1Recipe, Stage1TrainConfig
 from .step import Stage1Step, StepResult
 
 Log = Callable[[dict[str, Any]], None]
@@ -46,9 +46,7 @@ class Stage1Trainer:
         self.accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
         train = recipe.train
         torch.manual_seed(train.seed)
-        card = RetrieverCard(lm.backbone.fingerprint(), train.rank, train.page_size)
-        bookmark = lm.backbone.embed(torch.tensor([lm.eos_ids[0]]))[0]
-        retriever = PageRetriever(lm.backbone.projection_shapes(), bookmark, card).to(lm.device)
+        retriever = first_retriever(lm, train).to(lm.device)
         self.step_module = Stage1Step(lm, retriever, train.num_skip_layers, train.learn_temperature).to(lm.device)
         self.optimizer = torch.optim.AdamW(self._groups(), lr=train.lr, betas=(0.9, train.beta2))
         self.wrapped, self.optimizer = self.accelerator.prepare(self.step_module, self.optimizer)
@@ -218,6 +216,19 @@ class Stage1Trainer:
             file.write(json.dumps(row) + "\n")
         if self._log is not None:
             self._log(row)
+
+
+def first_retriever(lm: RetroLM, train: Stage1TrainConfig) -> PageRetriever:
+    """The retriever a run starts from: a copy of the backbone's projections, or a trained one (`init_from`)."""
+    shapes, fingerprint = lm.backbone.projection_shapes(), lm.backbone.fingerprint()
+    if not train.init_from:
+        card = RetrieverCard(fingerprint, train.rank, train.page_size)
+        return PageRetriever(shapes, lm.untrained_bookmark(), card)
+    retriever = load_retriever(train.init_from, shapes, fingerprint)
+    if retriever.card.rank != train.rank:
+        raise UserError(f"{train.init_from} has rank {retriever.card.rank}, the recipe {train.rank}. Make them equal.")
+    retriever.card.details = {"init_from": retriever.card.details}
+    return retriever
 
 
 def learning_rate(step: int, num_steps: int, warmup: float, final: float) -> float:
