@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rich.text import Text
-
-from .screen import ERR, count, seconds, size, snippet
+from .screen import ERR, count, note, seconds, size, snippet
 
 if TYPE_CHECKING:
     from ..engine.document import Document
     from ..engine.results import Answer, PageUse
 
-SNIPPET_WIDTH = 84
+INDENT = 2
 
 
 def answer_json(document: Document, question: str, answer: Answer, model: str, num_pages: int) -> dict[str, Any]:
@@ -50,12 +48,13 @@ def page_json(page: PageUse) -> dict[str, Any]:
     }
 
 
-def page_lines(answer: Answer, num_pages: int) -> list[str]:
+def page_lines(answer: Answer, num_pages: int, width: int) -> list[str]:
     """One line per page, best first: number, share of layers that chose it, how it begins."""
-    return [
-        f"page {page.page:>4}  {page.score:>4.0%} of layers  {snippet(page.text, SNIPPET_WIDTH - 26)}"
-        for page in answer.pages[:num_pages]
-    ]
+    lines = []
+    for page in answer.pages[:num_pages]:
+        head = f"page {page.page:>4}  {page.score:>4.0%} of layers  "
+        lines.append(head + snippet(page.text, max(width - len(head), 20)))
+    return lines
 
 
 def cost_line(answer: Answer) -> str:
@@ -90,12 +89,15 @@ def setup_line(document: Document, model: str) -> str:
     return f"{model} · budget {count(lm.config.kv_budget)} · method {lm.method.name} · retriever: {lm.retriever_name}"
 
 
+def show_opening(document: Document, model: str) -> None:
+    """Print on stderr what reading took, and with what it was read."""
+    note(read_line(document))
+    note(setup_line(document, model))
+
+
 def show_details(answer: Answer, num_pages: int) -> None:
     """Print an answer's pages and cost on stderr."""
-    for line in page_lines(answer, num_pages):
-        ERR.print(Text("  " + line, style="dim"), soft_wrap=True)
-    if answer.truncated:
-        ERR.print(Text("  stopped at --max-new-tokens", style="dim"))
-    for remark in answer.notes:
-        ERR.print(Text(f"  {remark}", style="dim"))
-    ERR.print(Text("  " + cost_line(answer), style="dim"))
+    stopped = ["stopped at --max-new-tokens"] if answer.truncated else []
+    lines = [*page_lines(answer, num_pages, ERR.width - INDENT), *stopped, *answer.notes, cost_line(answer)]
+    for line in lines:
+        note(line, INDENT)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
-from .answer_view import answer_json, read_line, setup_line, show_details
+from .answer_view import answer_json, show_details, show_opening
 from .loading import check_questions, load_engine, read_document, read_source, source_name
 from .options import EngineOptions, JsonFlag, SourceArgument, with_engine_options
 from .screen import note, print_json, waiting
@@ -33,7 +33,7 @@ def command(
     check_questions(lm, text, questions)
     document = read_document(lm, text, source_name(file))
     if not as_json:
-        note(f"{read_line(document)} · {setup_line(document, engine.model)}")
+        show_opening(document, engine.model)
     found = []
     for question in questions:
         with waiting("Answering …"):

@@ -35,7 +35,7 @@ def command(
     dense_limit: Annotated[
         int | None, typer.Option(help="Don't run the stock model on longer texts.", show_default="no limit", min=0)
     ] = None,
-    verify_tokens: Annotated[int, typer.Option(help="Tokens of the equality check that comes first.", min=1)] = 777,
+    verify_tokens: Annotated[int, typer.Option(help="Tokens of the equality check that comes first.", min=1)] = 999,
     output: Annotated[Path | None, typer.Option(help="Also write the figures to this file, as JSON.")] = None,
     as_json: JsonFlag = False,
 ) -> int:

@@ -72,7 +72,8 @@ def _explain(error: BaseException) -> int:
     if isinstance(error, RetroLMError):
         error_line(str(error))
         return error.exit_code
-    error_line(f"{type(error).__name__}: {error} (run again with {DEBUG_FLAG} for the traceback)")
+    hint = "" if _debug else f" (run again with {DEBUG_FLAG} for the traceback)"
+    error_line(f"{type(error).__name__}: {error}{hint}")
     return 1
 
 

@@ -11,7 +11,7 @@ import typer
 from rich.text import Text
 
 from ..errors import UserError
-from .answer_view import answer_json, read_line, setup_line, show_details
+from .answer_view import answer_json, show_details, show_opening
 from .loading import load_engine, read_document, read_source, refuse_stdin, source_name
 from .options import EngineOptions, JsonFlag, with_engine_options
 from .screen import ERR, error_line, note
@@ -40,7 +40,7 @@ def command(
     lm = load_engine(engine)
     document = read_document(lm, text, source_name(file))
     if not as_json:
-        note(f"{read_line(document)} · {setup_line(document, engine.model)}")
+        show_opening(document, engine.model)
         note("Ask away; /quit or Ctrl-D ends.")
     conversation = document.conversation()
     for question in _questions():

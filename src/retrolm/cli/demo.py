@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.text import Text
 
@@ -20,11 +22,17 @@ if TYPE_CHECKING:
     from ..engine.document import Document
     from ..engine.results import Answer
 
+ANSWER_INDENT = 10  # behind "expected  " and "answer    "
+FRAME = 4  # what a panel takes of the width
+
 
 @with_engine_options(max_new_tokens=48)
 def command(
     engine: EngineOptions,
     book: Annotated[bool, typer.Option("--book", help="Read the whole book, not just its opening.")] = False,
+    examples: Annotated[
+        Path | None, typer.Option(help="Folder with questions.json and the book.", show_default="the checkout's")
+    ] = None,
     pages: Annotated[int, typer.Option(help="How many of the pages an answer came from to show.", min=0)] = 3,
     as_json: JsonFlag = False,
 ) -> None:
@@ -33,9 +41,9 @@ def command(
     The model is fetched first if it is a demo model that isn't here.
     """
     engine.check()
-    from ..engine.demo_questions import load_example
+    from ..engine.demo_questions import EXAMPLES, load_example
 
-    example = load_example(book)
+    example = load_example(examples or EXAMPLES, whole_book=book)
     _fetch_if_missing(engine.model)
     lm = load_engine(engine)
     questions = [asked.question for asked in example.questions]
@@ -67,17 +75,17 @@ def _fetch_if_missing(model: str) -> None:
 
 
 def _panel(asked: ExpectedAnswer, answer: Answer, num_pages: int) -> Panel:
-    lines = [
+    lines: list[Text | Padding] = [
         Text.assemble(("expected  ", "dim"), asked.expected),
         Text.assemble(("answer    ", "dim"), (answer.text or "(nothing)", "bold")),
-        *(_aside(line) for line in page_lines(answer, num_pages)),
+        *(_aside(line) for line in page_lines(answer, num_pages, OUT.width - ANSWER_INDENT - FRAME)),
         _aside(cost_line(answer)),
     ]
     return Panel(Group(*lines), title=Text(asked.question), title_align="left")
 
 
-def _aside(line: str) -> Text:
-    return Text("          " + line, style="dim", no_wrap=True, overflow="ellipsis")
+def _aside(line: str) -> Padding:
+    return Padding(Text(line, style="dim"), (0, 0, 0, ANSWER_INDENT), expand=False)
 
 
 def _close(document: Document, answers: list[Answer], model: str) -> None:

@@ -24,6 +24,7 @@ COMMANDS = {
     "retriever": ("retriever", "Look at trained page retrievers"),
     "verify": ("verify", "Show that RetroLM equals the stock model where it should"),
     "bench": ("bench", "Time RetroLM against dense attention by the stock model"),
+    "eval": ("eval", "Run benchmark tasks over methods, budgets and lengths"),
     "doctor": ("doctor", "Check this installation"),
 }
 
@@ -42,7 +43,12 @@ def main(arguments: Sequence[str]) -> int:
 
 def build_app(wanted: str) -> typer.Typer:
     """Build the application with the command `wanted` imported; the others stand as names with a line of help."""
-    app = typer.Typer(help=_HELP, callback=_root, context_settings=CONTEXT, add_completion=False, no_args_is_help=True)
+    app = typer.Typer(
+        help=_HELP,
+        callback=_root,
+        context_settings=CONTEXT,
+        add_completion=False,
+    )
     for name, (module, summary) in COMMANDS.items():
         command = importlib.import_module(f".{module}", __package__).command if name == wanted else _not_loaded
         _add(app, name, command, summary)
@@ -75,7 +81,7 @@ def _add(app: typer.Typer, name: str, command: Any, summary: str) -> None:
         return
     for inner in command.registered_commands:
         inner.callback = guard(_callback(inner.callback))
-    app.add_typer(command, name=name, short_help=summary, no_args_is_help=True, context_settings=CONTEXT)
+    app.add_typer(command, name=name, short_help=summary, context_settings=CONTEXT)
 
 
 def _callback(function: Callable[..., Any] | None) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -21,9 +22,9 @@ def error_line(message: str) -> None:
     ERR.print(Text.assemble(("error: ", "bold red"), " ".join(message.split())), soft_wrap=True)
 
 
-def note(message: str) -> None:
-    """Print a remark on stderr."""
-    ERR.print(Text(message, style="dim"))
+def note(message: str, indent: int = 0) -> None:
+    """Print a remark on stderr, further lines of it indented like the first."""
+    ERR.print(Padding(Text(message, style="dim"), (0, 0, 0, indent), expand=False))
 
 
 def print_json(value: Any) -> None:
@@ -36,7 +37,7 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: 
     """Print a table on stdout; `right` names the columns (by number) that hold figures."""
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index in right else "left", overflow="fold")
+        table.add_column(column, justify="right" if index in right else "left", overflow="fold", no_wrap=index == 0)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     OUT.print(table)
@@ -77,16 +78,20 @@ def count(number: float) -> str:
 
 
 def size(num_bytes: float) -> str:
-    """Bytes in a unit that suits: 45 MB, 1.53 GB."""
+    """Bytes in a unit that suits: 0 B, 45 MB, 1.53 GB."""
     if num_bytes >= 1e9:
         return f"{num_bytes / 1e9:.2f} GB"
-    return f"{num_bytes / 1e6:.0f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:.0f} kB"
+    if num_bytes >= 1e6:
+        return f"{num_bytes / 1e6:.0f} MB"
+    return f"{num_bytes / 1e3:.0f} kB" if num_bytes >= 1e3 else f"{num_bytes:.0f} B"
 
 
 def seconds(value: float) -> str:
     """Seconds in a unit that suits: 45 ms, 3.21 s, 4 min 5 s."""
     if value >= 100:
         return f"{value // 60:.0f} min {value % 60:.0f} s"
+    if value >= 10:
+        return f"{value:.1f} s"
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.0f} ms"
 
 

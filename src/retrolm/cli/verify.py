@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def command(
     engine: EngineOptions,
     file: Annotated[str | None, typer.Option(help="Text to compare on.", show_default="RetroLM's own source")] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of it to compare on.", min=1)] = 777,
+    tokens: Annotated[int, typer.Option(help="Tokens of it to compare on.", min=1)] = 999,
     as_json: JsonFlag = False,
 ) -> int:
     """Compare RetroLM with the stock model: logits and greedy tokens at a budget that holds the text, and page by page

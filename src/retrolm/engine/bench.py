@@ -6,11 +6,9 @@ interleaved, so that a machine that slows down slows both; figures are medians o
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,11 +120,8 @@ class Bench:
             total_s = time.perf_counter() - started
         return Timing(first.at - started, total_s, self._peak(memory))
 
-    @contextmanager
-    def _measured(self) -> Iterator[PeakMemory]:
-        gc.collect()
-        with PeakMemory([info.device for info in self._lm.backbone.layers]) as memory:
-            yield memory
+    def _measured(self) -> PeakMemory:
+        return PeakMemory([info.device for info in self._lm.backbone.layers])
 
     def _peak(self, memory: PeakMemory) -> int:
         return memory.device_peak_bytes if self._lm.device.type == "cuda" else memory.host_peak_bytes

@@ -36,8 +36,8 @@ class Example:
     questions: tuple[ExpectedAnswer, ...]
 
 
-def load_example(whole_book: bool, folder: Path = EXAMPLES) -> Example:
-    """Read the example of a source checkout.
+def load_example(folder: Path, whole_book: bool) -> Example:
+    """Read the example in `folder`, as a source checkout has one.
 
     Raises:
         UserError: the folder isn't there (an installed package has none), or lacks what it should hold.

@@ -66,7 +66,7 @@ def _libraries() -> Iterator[Finding]:
 
 
 def _devices() -> Iterator[Finding]:
-    yield Finding("cpu", "ok", f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads in use")
+    yield Finding("cpu", "ok", f"{cpu_name()}, {os.cpu_count()} cores, threads in use: {torch.get_num_threads()}")
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         yield Finding(f"gpu {index}", "ok", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")

@@ -1,0 +1,15 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import pytest
+
+from cli_runner import Desk
+from tiny_folder import save_tiny_model, write_story
+
+
+@pytest.fixture(scope="session")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
+    """One model and text for all tests that only read them."""
+    folder = tmp_path_factory.mktemp("desk")
+    return Desk(folder, save_tiny_model(folder / "model"), write_story(folder / "story.txt"))
