@@ -31,7 +31,9 @@ class BookmarkStates:
 class BookmarkProgram:
     """Forward pass of bookmark rows alone (a `Program`); differentiable in the retriever."""
 
-    def __init__(self, backbone: Backbone, retriever: PageRetriever | None, batch: PageBatch, dense: DenseStates) -> None:
+    def __init__(
+        self, backbone: Backbone, retriever: PageRetriever | None, batch: PageBatch, dense: DenseStates
+    ) -> None:
         self._backbone = backbone
         self._retriever = retriever
         self._dense = dense
@@ -83,15 +85,23 @@ class BookmarkProgram:
         return out.unflatten(0, (B, M))
 
 
-def bookmark_stream(backbone: Backbone, attachment: Attachment, retriever: PageRetriever | None, bookmark: Tensor,
-                    batch: PageBatch, dense: DenseStates) -> BookmarkStates:
+def bookmark_stream(
+    backbone: Backbone,
+    attachment: Attachment,
+    retriever: PageRetriever | None,
+    bookmark: Tensor,
+    batch: PageBatch,
+    dense: DenseStates,
+) -> BookmarkStates:
     """Run one bookmark per page.
 
     Args:
         retriever: None = untrained copies. bookmark: embedding [hidden].
         dense: the frozen pass over the same batch.
     """
-    backbone.require_positions(max(batch.num_prefix, int(batch.lengths_BM[:, 0].max())) + int(batch.lengths_BM.max()) + 2)
+    backbone.require_positions(
+        max(batch.num_prefix, int(batch.lengths_BM[:, 0].max())) + int(batch.lengths_BM.max()) + 2
+    )
     program = BookmarkProgram(backbone, retriever, batch, dense)
     B, M = batch.lengths_BM.shape
     with attachment.run(program):

@@ -57,8 +57,9 @@ class DenseProgram:
 
 
 @torch.no_grad()
-def dense_pass(backbone: Backbone, attachment: Attachment, batch: PageBatch, observe: Observer | None = None
-               ) -> DenseStates:
+def dense_pass(
+    backbone: Backbone, attachment: Attachment, batch: PageBatch, observe: Observer | None = None
+) -> DenseStates:
     """Run the frozen backbone over `batch` once; no logits are computed."""
     backbone.require_positions(batch.tokens_BT.shape[1])
     program = DenseProgram(backbone, observe)
@@ -71,14 +72,13 @@ def dense_pass(backbone: Backbone, attachment: Attachment, batch: PageBatch, obs
     return program.states
 
 
-def _dense_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float, softcap: float | None,
-                     window: int | None) -> Tensor:
+def _dense_attention(
+    q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float, softcap: float | None, window: int | None
+) -> Tensor:
     T = q_BHTD.shape[2]
     grouped = q_BHTD.shape[1] != k_BKTD.shape[1]
     if softcap is None and (window is None or window >= T):
-        return F.scaled_dot_product_attention(
-            q_BHTD, k_BKTD, v_BKTD, is_causal=True, scale=scale, enable_gqa=grouped
-        )
+        return F.scaled_dot_product_attention(q_BHTD, k_BKTD, v_BKTD, is_causal=True, scale=scale, enable_gqa=grouped)
     distance = torch.arange(T, device=q_BHTD.device)[:, None] - torch.arange(T, device=q_BHTD.device)
     allowed = (distance >= 0) & (distance < (window or T))
     if softcap is None:

@@ -7,9 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Ids = Sequence[int] | NDArray[np.integer[Any]]
 
 
 @dataclass
@@ -43,8 +48,9 @@ class PageBatch:
         )
 
 
-def page_batch(prefix: Sequence[int], texts: Sequence[Sequence[int]], questions: Sequence[Sequence[int]],
-               page_size: int, pad_id: int) -> PageBatch:
+def page_batch(
+    prefix: Sequence[int], texts: Sequence[Ids], questions: Sequence[Ids], page_size: int, pad_id: int
+) -> PageBatch:
     """Lay sequences out. Every text and question has at least one token."""
     num_pages = [-(-len(text) // page_size) for text in texts]
     width = max(len(prefix) + len(t) + len(q) for t, q in zip(texts, questions, strict=True))

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from ...config import check_choices
 from ...errors import UserError, unknown
 from ..data.config import Stage1DataConfig, stage1_data_config
+
+# Options that no trained number depends on; a resumed run may change them. Which backbone and which data a run
+# is bound to is told by fingerprints, so the backbone may move to another folder.
+FREE_OPTIONS = ("model", "log_every", "save_every", "dev_every", "dev_samples", "num_workers")
 
 
 @dataclass(frozen=True)
@@ -22,14 +28,15 @@ class Stage1TrainConfig:
         dtype: dtype of the frozen backbone; trained weights are float32 always.
         page_size: tokens per page.
         rank: rank of the W^b deltas; 0 = full matrices.
-        init_from: folder of a retriever of the same backbone and rank to start from; "" = untrained.
+        loss: "info_nce" = the paper's contrastive loss (eq 7); "attention_kl" = divergence from the question's true
+            attention over the pages (needs no labels); "mixed" = both, the second with weight `kl_share`.
         num_steps: optimiser steps. tokens_per_batch: text tokens of one forward pass at most.
         accumulate: forward passes per optimiser step, over all processes.
-        lr: peak learning rate of the deltas; embedding_lr of the bookmark embedding.
+        lr: peak learning rate of the deltas; embedding_lr of the bookmark embedding, temperature_lr of the scales.
         weight_decay, beta2, max_grad_norm: AdamW and clipping. Decay pulls W^b back to the backbone's own weights.
         warmup: share of the steps with rising rate. final_lr: share of the peak at the end (cosine in between).
-        calibrate: scale each layer's scores to a standard deviation of 1 on the first batch, so that layers with
-            large scores don't dominate the mean.
+        calibrate: scale each layer's scores to a standard deviation of 1 on the first step's batches, so that layers
+            with large scores don't dominate the mean.
         learn_temperature: let each layer's scale be trained further (it changes no ranking).
         num_skip_layers: layers without a loss of their own, counted from the first (D7).
         seed: initial deltas.
@@ -38,15 +45,17 @@ class Stage1TrainConfig:
     """
 
     model: str
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
     page_size: int = 128
     rank: int = 48
-    init_from: str = ""
+    loss: Literal["info_nce", "attention_kl", "mixed"] = "info_nce"
+    kl_share: float = 0.5
     num_steps: int = 1000
     tokens_per_batch: int = 65536
     accumulate: int = 1
     lr: float = 5e-4
     embedding_lr: float = 1e-3
+    temperature_lr: float = 1e-2
     weight_decay: float = 0.01
     beta2: float = 0.98
     max_grad_norm: float = 1.0
@@ -63,29 +72,44 @@ class Stage1TrainConfig:
     num_workers: int = 2
 
     def __post_init__(self) -> None:
+        _check_types(self)
         check_choices(self)
-        for name in ("page_size", "num_steps", "tokens_per_batch", "accumulate", "log_every"):
+        for name in ("page_size", "num_steps", "tokens_per_batch", "accumulate", "log_every", "dev_samples"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)!r}.")
-        for name in ("rank", "num_skip_layers", "save_every", "dev_every", "num_workers"):
+        for name in ("rank", "num_skip_layers", "save_every", "dev_every", "num_workers", "weight_decay"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative, got {getattr(self, name)!r}.")
-        if not 0 < self.lr < 1:
-            raise UserError(f"lr must lie between 0 and 1, got {self.lr!r}.")
+        for name in ("lr", "embedding_lr", "temperature_lr", "beta2"):
+            if not 0 < getattr(self, name) < 1:
+                raise UserError(f"{name} must lie between 0 and 1, got {getattr(self, name)!r}.")
+        for name in ("kl_share", "warmup", "final_lr"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} must be a share between 0 and 1, got {getattr(self, name)!r}.")
+        if not self.max_grad_norm > 0:
+            raise UserError(f"max_grad_norm must be positive, got {self.max_grad_norm!r}.")
 
 
 @dataclass(frozen=True)
 class Stage1Recipe:
-    """Everything a run depends on besides code and data files."""
+    """Everything a run depends on besides code, backbone and data files."""
 
     train: Stage1TrainConfig
     data: Stage1DataConfig
 
     def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """The recipe as plain JSON values."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return plain
+
+    def decisive(self) -> dict[str, Any]:
+        """The part that the trained numbers depend on (all but `FREE_OPTIONS`)."""
+        found = self.as_dict()
+        found["train"] = {key: value for key, value in found["train"].items() if key not in FREE_OPTIONS}
+        return found
 
 
-def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Stage1Recipe:
+def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Stage1Recipe:
     """Read a recipe; `overrides` replace keys of its `[train]` table.
 
     Raises:
@@ -96,7 +120,7 @@ def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Stage1Re
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"Can't read the recipe {path}: {error}.") from None
     for table in ("data", "train"):
-        if table not in content:
+        if not isinstance(content.get(table), dict):
             raise UserError(f"The recipe {path} has no [{table}] table.")
     values = {**content["train"], **(overrides or {})}
     allowed = [field.name for field in dataclasses.fields(Stage1TrainConfig)]
@@ -106,3 +130,20 @@ def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Stage1Re
     if "model" not in values:
         raise UserError(f"The [train] table of {path} names no model.")
     return Stage1Recipe(Stage1TrainConfig(**values), stage1_data_config(content["data"]))
+
+
+_KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    str: ((str,), "a text"),
+}
+
+
+def _check_types(config: Stage1TrainConfig) -> None:
+    """Refuse values of a wrong type, such as a quoted number; raises `UserError`."""
+    for name, hint in get_type_hints(type(config)).items():
+        kinds, wanted = _KINDS.get(hint, ((str,), "a text"))
+        value = getattr(config, name)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and hint is not bool):
+            raise UserError(f"{name} must be {wanted}, got {value!r}.")

@@ -1,4 +1,4 @@
-"""The contrastive loss of one layer (paper eq 7, with several positives as in D15 b)."""
+"""The losses of one layer: contrastive (paper eq 7, with several positives as in D15 b) and towards true attention."""
 
 from __future__ import annotations
 
@@ -21,3 +21,14 @@ def info_nce(scores_BP: Tensor, positive_BP: Tensor, negative_BP: Tensor) -> Ten
     each_BP = F.softplus((others_B[:, None] - scores_BP).clamp(min=-1e4))
     count_B = positive_BP.sum(1)
     return (each_BP * positive_BP).sum(1) / count_B.clamp(min=1)
+
+
+def attention_kl(scores_BP: Tensor, share_BP: Tensor, page_BP: Tensor) -> Tensor:
+    """KL(share ‖ softmax of the scores) over the pages of a sample, one number per sample.
+
+    Args:
+        scores_BP: float page scores. share_BP: true attention on each page, adding up to 1 over a sample's pages.
+        page_BP: bool, which pages there are (the rest is padding).
+    """
+    log_model = scores_BP.masked_fill(~page_BP, -torch.inf).log_softmax(1).masked_fill(~page_BP, 0.0)
+    return (torch.xlogy(share_BP, share_BP) - share_BP * log_model).sum(1)

@@ -10,64 +10,87 @@ from torch import Tensor, nn
 from ...engine.bookmark_stream import bookmark_stream, page_scores
 from ...engine.dense_pass import dense_pass
 from ...engine.model import RetroLM
-from ...metrics.page_recall import page_hits
+from ...engine.page_attention import PageAttention
 from ...retriever import PageRetriever
 from .batches import Stage1Batch
-from .loss import info_nce
+from .config import Stage1TrainConfig
+from .loss import attention_kl, info_nce
+from .recall import free_pages, layer_hits
 
 
 @dataclass
 class StepResult:
-    """Loss (mean over layers and samples), and per layer: loss, recall in 8 pages, spread of the raw scores."""
+    """What one forward pass gives.
+
+    Attributes:
+        loss: mean over layers and samples, to be differentiated.
+        spreads_L: standard deviation of the raw scores, mean over samples.
+        hits_LB: whether a layer's 8 best free pages hold the evidence: 1, 0, or NaN where a sample doesn't count.
+    """
 
     loss: Tensor
-    layer_losses: Tensor
-    layer_recalls: Tensor
-    layer_spreads: Tensor
+    spreads_L: Tensor
+    hits_LB: Tensor
 
 
 class Stage1Step(nn.Module):
     """Holds what is trained; the backbone is kept out of its parameters, so that wrappers see only the retriever.
 
     Attributes:
-        log_scales: log of each scored layer's score scale, [layers]; trained if `learn_temperature`.
+        layers: those with a loss of their own.
+        log_scales: log of each such layer's score scale, [layers]; trained if `learn_temperature`.
     """
 
-    def __init__(self, lm: RetroLM, retriever: PageRetriever, num_skip_layers: int, learn_temperature: bool) -> None:
+    def __init__(self, lm: RetroLM, retriever: PageRetriever, train: Stage1TrainConfig) -> None:
         super().__init__()
         self.retriever = retriever
-        self.layers = [
-            layer for layer in range(lm.backbone.num_layers) if layer >= num_skip_layers and lm.backbone.retrieves(layer)
-        ]
-        self.log_scales = nn.Parameter(torch.zeros(len(self.layers)), requires_grad=learn_temperature)
+        backbone = lm.backbone
+        self.layers = [n for n in range(train.num_skip_layers, backbone.num_layers) if backbone.retrieves(n)]
+        self.log_scales = nn.Parameter(torch.zeros(len(self.layers)), requires_grad=train.learn_temperature)
+        self._train_config = train
         object.__setattr__(self, "_lm", lm)
 
     def forward(self, batch: Stage1Batch) -> StepResult:
         lm: RetroLM = self._lm  # type: ignore[assignment]
-        dense = dense_pass(lm.backbone, lm.attachment, batch.pages)
+        attention = None
+        if self._train_config.loss != "info_nce":
+            attention = PageAttention(lm.backbone, batch.pages, self.layers)
+        dense = dense_pass(lm.backbone, lm.attachment, batch.pages, attention)
         states = bookmark_stream(
             lm.backbone, lm.attachment, self.retriever, self.retriever.embedding, batch.pages, dense
         )
-        competing = batch.pages.lengths_BM[:, :-1] > 0
-        losses, recalls, spreads = [], [], []
-        for index, layer in enumerate(self.layers):
-            raw = page_scores(states, layer)
-            scores = raw * self.log_scales[index].exp()
-            losses.append(info_nce(scores, batch.positive_BP, batch.negative_BP).mean())
-            recalls.append(page_hits(raw.detach(), batch.positive_BP, competing, 8).float().mean())
-            spreads.append(_spread(raw.detach(), competing))
-        layer_losses = torch.stack(losses)
-        return StepResult(layer_losses.mean(), layer_losses.detach(), torch.stack(recalls), torch.stack(spreads))
+        raw = [page_scores(states, layer) for layer in self.layers]
+        losses = [self._loss(index, scores, batch, attention) for index, scores in enumerate(raw)]
+        known = [scores.detach() for scores in raw]
+        there = batch.pages.lengths_BM[:, :-1] > 0
+        free = free_pages(batch.pages)
+        return StepResult(
+            torch.stack(losses).mean(),
+            torch.stack([_spread(scores, there) for scores in known]),
+            torch.stack([layer_hits(scores, batch.positive_BP, free) for scores in known]),
+        )
 
     @torch.no_grad()
-    def calibrate(self, spreads: Tensor) -> None:
-        """Scale every layer so that its scores, now spread by `spreads` [layers], have a standard deviation of 1."""
-        self.log_scales.copy_(-spreads.clamp(min=1e-6).log())
+    def calibrate(self, spreads_L: Tensor) -> None:
+        """Scale every layer so that its scores, now spread by `spreads_L`, have a standard deviation of 1."""
+        self.log_scales.copy_(-spreads_L.clamp(min=1e-6).log())
+
+    def _loss(self, index: int, raw_BP: Tensor, batch: Stage1Batch, attention: PageAttention | None) -> Tensor:
+        scores_BP = raw_BP * self.log_scales[index].exp()
+        kind, share = self._train_config.loss, self._train_config.kl_share
+        if attention is None:
+            return info_nce(scores_BP, batch.positive_BP, batch.negative_BP).mean()
+        there_BP = batch.pages.lengths_BM[:, :-1] > 0
+        divergence = attention_kl(scores_BP, attention.shares(self.layers[index]), there_BP).mean()
+        if kind == "attention_kl":
+            return divergence
+        contrast = info_nce(scores_BP, batch.positive_BP, batch.negative_BP).mean()
+        return (1 - share) * contrast + share * divergence
 
 
-def _spread(scores_BP: Tensor, competing_BP: Tensor) -> Tensor:
+def _spread(scores_BP: Tensor, there_BP: Tensor) -> Tensor:
     """Standard deviation of the scores inside a sample, mean over samples."""
-    count = competing_BP.sum(1, keepdim=True)
-    mean = (scores_BP * competing_BP).sum(1, keepdim=True) / count
-    square = ((scores_BP - mean) ** 2 * competing_BP).sum(1) / count[:, 0]
+    count = there_BP.sum(1, keepdim=True)
+    mean = (scores_BP * there_BP).sum(1, keepdim=True) / count
+    square = ((scores_BP - mean) ** 2 * there_BP).sum(1) / count[:, 0]
     return square.sqrt().mean()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import hashlib
 import math
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -18,15 +20,19 @@ from torch.utils.data import DataLoader
 
 from ...engine.model import RetroLM
 from ...errors import UserError
-from ...retriever import PageRetriever, RetrieverCard, load_retriever
+from ...retriever import PageRetriever, RetrieverCard
+from ..data.config import Stage1DataConfig
 from ..data.dataset import Stage1Dataset
 from ..data.mixture import text_length
+from ..data.pool import read_manifest
 from .batches import Collate, Stage1Batch, micro_batches
-from .checkpoint import TrainState, load_state, save_state
-from .config import Stage1Recipe, Stage1TrainConfig
+from .checkpoint import TrainState, check_identity, load_state, refuse_overwriting, save_state
+from .config import Stage1Recipe
+from .run_log import Log, RunLog, require_trackers
 from .step import Stage1Step, StepResult
 
-Log = Callable[[dict[str, Any]], None]
+RETRIEVER_FOLDER = "retriever"
+_ENDLESS = 1 << 40
 
 
 class Stage1Trainer:
@@ -36,20 +42,31 @@ class Stage1Trainer:
         recipe: data and training settings. lm: the backbone, frozen, with any config.
         pool: folder of the prepared pool. out: folder for checkpoint, log and the finished retriever.
         log: called with a dict every `log_every` steps (also written to `log.jsonl`).
+        trackers: names of accelerate's trackers ("tensorboard", "wandb", …), or trackers.
+
+    Raises:
+        UserError: texts longer than the backbone's window, a share of `accumulate` that is no whole number, an unknown
+        tracker, an unusable pool.
     """
 
-    def __init__(self, recipe: Stage1Recipe, lm: RetroLM, pool: Path, out: Path, log: Log | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Stage1Recipe,
+        lm: RetroLM,
+        pool: Path,
+        out: Path,
+        log: Log | None = None,
+        trackers: Sequence[Any] = (),
+    ) -> None:
         self.recipe, self.lm, self.pool, self.out = recipe, lm, pool, out
-        self._log = log
-        lm.model.requires_grad_(False)
-        # The last layer's value delta feeds no score, so it never gets a gradient.
-        self.accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
-        train = recipe.train
-        torch.manual_seed(train.seed)
-        retriever = first_retriever(lm, train).to(lm.device)
-        self.step_module = Stage1Step(lm, retriever, train.num_skip_layers, train.learn_temperature).to(lm.device)
-        self.optimizer = torch.optim.AdamW(self._groups(), lr=train.lr, betas=(0.9, train.beta2))
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.step_module, self.optimizer)
+        self.accelerator = _accelerator(trackers, out)
+        _check_window(recipe, lm)
+        self._own_batches = _own_batches(recipe.train.accumulate, self.accelerator.num_processes)
+        self._log = RunLog(self.accelerator, out, log)
+        lm.model.requires_grad_(False).eval()
+        self.step_module = Stage1Step(lm, self._new_retriever(), recipe.train).to(lm.device)
+        optimizer = torch.optim.AdamW(self._groups(), lr=recipe.train.lr, betas=(0.9, recipe.train.beta2))
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.step_module, optimizer)
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
@@ -62,57 +79,63 @@ class Stage1Trainer:
         """Train to the last step, or for about `stop_after_s` seconds.
 
         Args:
-            resume: go on from the checkpoint in `out`; the outcome is that of an uninterrupted run.
+            resume: go on from the checkpoint in `out`, if there is one; the outcome is that of an uninterrupted run.
 
         Returns:
             Whether the run is complete (the retriever is then saved in `out/retriever`).
+
+        Raises:
+            UserError: `out` holds a checkpoint and `resume` is off, or the checkpoint is of another run; or the loss
+            is no number.
         """
-        if resume:
-            self._restore()
+        self._begin(resume)
         started = time.perf_counter()
         train = self.recipe.train
-        batches = self._batches()
-        while self.step < train.num_steps:
+        batches = self._batches() if self.step < train.num_steps else iter(())
+        out_of_time = False
+        while self.step < train.num_steps and not out_of_time:
             self._one_step(batches)
             last = self.step == train.num_steps
             if train.dev_every and (last or self.step % train.dev_every == 0):
-                self._record({"step": self.step, "dev_recall": self.dev_recall()})
-            out_of_time = stop_after_s is not None and time.perf_counter() - started > stop_after_s
+                self._record_dev_recall()
+            out_of_time = stop_after_s is not None and self._any(time.perf_counter() - started > stop_after_s)
             if last or out_of_time or (train.save_every and self.step % train.save_every == 0):
                 self.save()
-            if out_of_time and not last:
-                return False
-        return True
+        self._log.end()
+        return self.step == train.num_steps
 
     def save(self) -> None:
-        """Write the checkpoint and the retriever as it stands."""
+        """Write the retriever as it stands, then the checkpoint."""
         if not self.accelerator.is_main_process:
             return
+        self.retriever.card.details.update(step=self.step, tokens=self.tokens, train_s=round(self.seconds, 1))
+        # The checkpoint comes last: a run killed in between does its last steps again and saves the retriever again.
+        self.retriever.save(self.out / RETRIEVER_FOLDER)
         state = TrainState(
             self.step,
             self.step_module.state_dict(),
             self.optimizer.state_dict(),
-            json.loads(json.dumps(self.recipe.as_dict())),
+            self._identity(),
             self.tokens,
             self.seconds,
         )
         save_state(self.out, state)
-        self.retriever.card.details.update(step=self.step, tokens=self.tokens, train_s=round(self.seconds, 1))
-        self.retriever.card.details["recipe"] = state.recipe
-        self.retriever.save(self.out / "retriever")
 
     @torch.no_grad()
-    def dev_recall(self) -> dict[str, float]:
-        """Recall in 8 pages on held-out questions, mean over layers and best layer."""
-        data = Stage1Dataset(self.pool, self.lm.tokenizer, self.recipe.data, self.recipe.train.dev_samples, "dev")
+    def dev_recall(self) -> dict[str, float | None]:
+        """Recall in 8 free pages on held-out questions, mean over layers and best layer; None if no sample counts."""
+        config, count = _dev_config(self.recipe.data), self.recipe.train.dev_samples
+        data = Stage1Dataset(self.pool, self.lm.tokenizer, config, count, "dev")
         collate = self._collate()
-        total, count = torch.zeros(len(self.step_module.layers)), 0
-        for indices in micro_batches(_lengths(self.recipe, len(data)), self.recipe.train.tokens_per_batch):
+        everything = micro_batches(_lengths(config, count), self.recipe.train.tokens_per_batch)
+        hits = torch.zeros(len(self.step_module.layers), 2, device=self.lm.device)
+        for indices in self._own(everything):
             result = self.step_module(collate([data[i] for i in indices]).to(self.lm.device))
-            total += result.layer_recalls.cpu() * len(indices)
-            count += len(indices)
-        recall = total / count
-        return {"mean": round(float(recall.mean()), 4), "best": round(float(recall.max()), 4)}
+            hits += _hits_and_counts(result)
+        recall = self._recall(hits)
+        return {"mean": _rounded(recall.mean()), "best": _rounded(recall.max())}
+
+    # --- one step -----------------------------------------------------------------------------------------------
 
     def _one_step(self, batches: Iterator[Stage1Batch]) -> None:
         started = time.perf_counter()
@@ -120,115 +143,134 @@ class Stage1Trainer:
         rate = learning_rate(self.step, train.num_steps, train.warmup, train.final_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * rate
-        own = max(1, train.accumulate // self.accelerator.num_processes)
-        result: StepResult | None = None
-        for number, batch in enumerate(islice(batches, own), start=1):
-            batch = batch.to(self.lm.device)
-            result = self._forward(batch)
-            with self._no_sync(number < own):
-                self.accelerator.backward(result.loss / own)
-            self.tokens += batch.pages.num_tokens * self.accelerator.num_processes
-        assert result is not None
+        taken = list(islice(batches, self._own_batches))
+        self.tokens += self._sum(sum(batch.pages.num_tokens for batch in taken))
+        taken = [batch.to(self.lm.device) for batch in taken]
+        if self.step == 0 and train.calibrate:
+            self._calibrate(taken)
+        results = [self._accumulate(batch, number == len(taken)) for number, batch in enumerate(taken, start=1)]
         norm = self.accelerator.clip_grad_norm_(self.step_module.parameters(), train.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
         self.seconds += time.perf_counter() - started
         if self.step % train.log_every == 0 or self.step == 1:
-            self._log_step(result, norm, rate)
+            self._record_step(results, norm, rate)
 
-    def _forward(self, batch: Stage1Batch) -> StepResult:
-        if self.step == 0 and self.recipe.train.calibrate and not bool(self.step_module.log_scales.any()):
-            with torch.no_grad():
-                spreads = self.step_module(batch).layer_spreads
-            self.step_module.calibrate(self.accelerator.reduce(spreads, "mean"))
-        result: StepResult = self.wrapped(batch)
+    def _accumulate(self, batch: Stage1Batch, last: bool) -> StepResult:
+        """Add a batch's gradients; processes exchange them with the last batch of a step."""
+        with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+            result: StepResult = self.wrapped(batch)
+            self.accelerator.backward(result.loss / self._own_batches)
+        result.loss = result.loss.detach()
         if not bool(torch.isfinite(result.loss)):
-            raise UserError(f"The loss is {float(result.loss)} at step {self.step}. Lower lr, or use dtype bfloat16.")
+            raise UserError(f"The loss is {float(result.loss)} at step {self.step}. Lower lr, or use dtype float32.")
         return result
 
-    def _no_sync(self, skip: bool) -> Any:
-        return self.accelerator.no_sync(self.wrapped) if skip else nullcontext()
+    @torch.no_grad()
+    def _calibrate(self, batches: list[Stage1Batch]) -> None:
+        spreads = torch.stack([self.step_module(batch).spreads_L for batch in batches]).mean(0)
+        self.step_module.calibrate(self.accelerator.reduce(spreads, "mean"))
+
+    def _record_step(self, results: list[StepResult], norm: Tensor | None, rate: float) -> None:
+        loss = self.accelerator.reduce(torch.stack([result.loss for result in results]).mean(), "mean")
+        hits = torch.stack([_hits_and_counts(result) for result in results]).sum(0)
+        recall, device = self._recall(hits), self.lm.device
+        self._log.record(
+            {
+                "step": self.step,
+                "loss": _rounded(loss),
+                "recall8": _rounded(recall.mean()),
+                "recall8_best": _rounded(recall.max()),
+                "grad_norm": None if norm is None else _rounded(norm),
+                "lr": rate * self.recipe.train.lr,
+                "tokens": self.tokens,
+                "tokens_per_s": round(self.tokens / max(self.seconds, 1e-9)),
+                "peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+            }
+        )
+
+    def _record_dev_recall(self) -> None:
+        found = self.dev_recall()
+        self.retriever.card.details["dev_recall"] = {"step": self.step, **found}
+        self._log.record({"step": self.step, "dev_recall": found})
+
+    # --- processes ----------------------------------------------------------------------------------------------
+
+    def _recall(self, hits_L2: Tensor) -> Tensor:
+        """Recall by layer from hits and counts, over all processes."""
+        hits_L2 = self.accelerator.reduce(hits_L2, "sum")
+        return (hits_L2[:, 0] / hits_L2[:, 1]).cpu()
+
+    def _sum(self, own: int) -> int:
+        return int(self.accelerator.reduce(torch.tensor(own, device=self.lm.device), "sum"))
+
+    def _any(self, own: bool) -> bool:
+        return self._sum(int(own)) > 0
+
+    def _own(self, everything: Iterator[list[int]], first: int = 0) -> Iterator[list[int]]:
+        """This process's batches of sample indices from number `first` on; batch b belongs to process b mod n."""
+        return islice(everything, first + self.accelerator.process_index, None, self.accelerator.num_processes)
+
+    # --- parts --------------------------------------------------------------------------------------------------
+
+    def _new_retriever(self) -> PageRetriever:
+        train, backbone = self.recipe.train, self.lm.backbone
+        torch.manual_seed(train.seed)
+        recipe, manifest = self.recipe.as_dict(), read_manifest(self.pool)
+        name = os.path.basename(os.path.normpath(train.model))
+        recipe["train"]["model"] = name if os.path.isdir(train.model) else train.model
+        details = {
+            "recipe": recipe,
+            "data": {key: manifest.get(key) for key in ("num_questions", "num_books", "licences")},
+        }
+        card = RetrieverCard(backbone.fingerprint(), train.rank, train.page_size, f"{name}-stage1", details)
+        retriever = PageRetriever(backbone.projection_shapes(), self.lm.untrained_bookmark(), card)
+        return retriever.to(self.lm.device)
 
     def _groups(self) -> list[dict[str, Any]]:
-        train = self.recipe.train
-        deltas = list(self.step_module.retriever.deltas.parameters())
+        train, module = self.recipe.train, self.step_module
+        deltas = list(module.retriever.deltas.parameters())
         return [
             {"params": deltas, "peak": train.lr, "weight_decay": train.weight_decay},
-            {"params": [self.step_module.retriever.embedding], "peak": train.embedding_lr, "weight_decay": 0.0},
-            {"params": [self.step_module.log_scales], "peak": 1e-2, "weight_decay": 0.0},
+            {"params": [module.retriever.embedding], "peak": train.embedding_lr, "weight_decay": 0.0},
+            {"params": [module.log_scales], "peak": train.temperature_lr, "weight_decay": 0.0},
         ]
 
     def _collate(self) -> Collate:
         return Collate(self.recipe.train.page_size, self.lm.pad_id)
 
     def _batches(self) -> Iterator[Stage1Batch]:
-        """This process's batches from the present step on; batch b belongs to process b mod processes."""
+        """This process's batches from the present step on."""
         train = self.recipe.train
-        num_samples = 1 << 40
-        data = Stage1Dataset(self.pool, self.lm.tokenizer, self.recipe.data, num_samples)
-        everything = micro_batches(_lengths(self.recipe, num_samples), train.tokens_per_batch)
-        processes, own = self.accelerator.num_processes, self.accelerator.process_index
-        first = self.step * max(train.accumulate, processes)
-        mine = islice(everything, first + own, None, processes)
+        data = Stage1Dataset(self.pool, self.lm.tokenizer, self.recipe.data, _ENDLESS)
+        everything = micro_batches(_lengths(self.recipe.data, _ENDLESS), train.tokens_per_batch)
         loader = DataLoader(
             data,
-            batch_sampler=mine,  # type: ignore[arg-type]
+            batch_sampler=self._own(everything, self.step * train.accumulate),
             collate_fn=self._collate(),
             num_workers=train.num_workers,
-            pin_memory=self.lm.device.type == "cuda",
             prefetch_factor=4 if train.num_workers else None,
         )
         return iter(loader)
 
-    def _restore(self) -> None:
-        state = load_state(self.out)
-        if state is None:
-            return
-        if state.recipe != json.loads(json.dumps(self.recipe.as_dict())):
-            raise UserError(f"The checkpoint in {self.out} belongs to another recipe. Use another folder.")
-        self.step_module.load_state_dict(state.model)
-        self.optimizer.load_state_dict(state.optimizer)
-        self.step, self.tokens, self.seconds = state.step, state.tokens, state.seconds
+    def _identity(self) -> dict[str, Any]:
+        manifest = (self.pool / "manifest.json").read_bytes()
+        return {
+            **self.recipe.decisive(),
+            "pool": hashlib.sha256(manifest).hexdigest(),
+            "backbone": self.lm.backbone.fingerprint(),
+        }
 
-    def _log_step(self, result: StepResult, norm: Tensor | None, rate: float) -> None:
-        device = self.lm.device
-        memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-        self._record(
-            {
-                "step": self.step,
-                "loss": round(float(result.loss), 4),
-                "recall8": round(float(result.layer_recalls.mean()), 3),
-                "recall8_best": round(float(result.layer_recalls.max()), 3),
-                "grad_norm": round(float(norm), 3) if norm is not None else None,
-                "lr": rate * self.recipe.train.lr,
-                "tokens": self.tokens,
-                "tokens_per_s": round(self.tokens / max(self.seconds, 1e-9)),
-                "peak_device_bytes": memory,
-            }
-        )
-
-    def _record(self, row: dict[str, Any]) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        self.out.mkdir(parents=True, exist_ok=True)
-        with (self.out / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        if self._log is not None:
-            self._log(row)
-
-
-def first_retriever(lm: RetroLM, train: Stage1TrainConfig) -> PageRetriever:
-    """The retriever a run starts from: a copy of the backbone's projections, or a trained one (`init_from`)."""
-    shapes, fingerprint = lm.backbone.projection_shapes(), lm.backbone.fingerprint()
-    if not train.init_from:
-        card = RetrieverCard(fingerprint, train.rank, train.page_size)
-        return PageRetriever(shapes, lm.untrained_bookmark(), card)
-    retriever = load_retriever(train.init_from, shapes, fingerprint)
-    if retriever.card.rank != train.rank:
-        raise UserError(f"{train.init_from} has rank {retriever.card.rank}, the recipe {train.rank}. Make them equal.")
-    retriever.card.details = {"init_from": retriever.card.details}
-    return retriever
+    def _begin(self, resume: bool) -> None:
+        if not resume:
+            refuse_overwriting(self.out)
+        elif (state := load_state(self.out)) is not None:
+            check_identity(self.out, state, self._identity())
+            self.step_module.load_state_dict(state.model)
+            self.optimizer.load_state_dict(state.optimizer)
+            self.step, self.tokens, self.seconds = state.step, state.tokens, state.seconds
+        self._log.begin(self.step, self.recipe.as_dict())
 
 
 def learning_rate(step: int, num_steps: int, warmup: float, final: float) -> float:
@@ -240,5 +282,49 @@ def learning_rate(step: int, num_steps: int, warmup: float, final: float) -> flo
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _lengths(recipe: Stage1Recipe, num_samples: int) -> Iterator[int]:
-    return (text_length(recipe.data, index) for index in range(num_samples))
+def _accelerator(trackers: Sequence[Any], out: Path) -> Accelerator:
+    # The last layer's value delta feeds no score, so it never gets a gradient.
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
+    try:
+        accelerator = Accelerator(log_with=list(trackers) or None, project_dir=out, kwargs_handlers=handlers)
+    except ValueError as error:
+        raise UserError(f"Unknown tracker in {', '.join(map(str, trackers))}: {error}") from None
+    require_trackers(accelerator, trackers)
+    return accelerator
+
+
+def _check_window(recipe: Stage1Recipe, lm: RetroLM) -> None:
+    if recipe.data.max_tokens > lm.backbone.window:
+        raise UserError(
+            f"max_tokens={recipe.data.max_tokens} exceeds the model's window of {lm.backbone.window} positions, in "
+            f"which training reads whole texts. Set max_tokens to {lm.backbone.window} at most."
+        )
+
+
+def _own_batches(accumulate: int, num_processes: int) -> int:
+    """Forward passes of each process per step."""
+    if accumulate % num_processes:
+        raise UserError(
+            f"accumulate={accumulate} forward passes can't be shared by {num_processes} processes. "
+            f"Use a multiple of {num_processes}: --set accumulate={num_processes}"
+        )
+    return accumulate // num_processes
+
+
+def _dev_config(config: Stage1DataConfig) -> Stage1DataConfig:
+    """The training mixture at all lengths from the first sample on, whatever the curriculum."""
+    return dataclasses.replace(config, length_curriculum=0, length_group=min(config.length_group, 4))
+
+
+def _lengths(config: Stage1DataConfig, num_samples: int) -> Iterator[int]:
+    return (text_length(config, index) for index in range(num_samples))
+
+
+def _hits_and_counts(result: StepResult) -> Tensor:
+    """Hits and samples that count, by layer: [L, 2]."""
+    return torch.stack([result.hits_LB.nansum(1), (~result.hits_LB.isnan()).sum(1)], 1)
+
+
+def _rounded(value: Tensor) -> float | None:
+    """Four decimals; None for NaN, which JSON doesn't know."""
+    return None if bool(value.isnan()) else round(float(value), 4)
