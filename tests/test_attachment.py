@@ -198,7 +198,7 @@ class TestUnsupported:
         attention = model.model.layers[2].self_attn
         attention.query = attention.q_proj
         del attention.q_proj
-        with pytest.raises(UnsupportedModelError, match="Layer 2 .* q_proj"):
+        with pytest.raises(UnsupportedModelError, match=r"Layer 2 .* q_proj"):
             attach(model)
 
     def test_rope_type(self) -> None:

@@ -60,7 +60,7 @@ class Attachment:
     """Binds a backbone to RetroLM; `detach` leaves the model as it was, bit for bit.
 
     One forward pass of a model runs at a time, whoever attached to it: `run` holds the model's lock, since the
-    attention implementation is a setting of the model. Several attachments to one model keep out of each other's passes.
+    attention implementation is a setting of the model. Attachments to one model keep out of each other's passes.
     """
 
     def __init__(self, backbone: Backbone) -> None:

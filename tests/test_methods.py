@@ -1,0 +1,155 @@
+"""F6: scores against loops, choices against full sorts, and what every method must do."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from retrolm.config import RetroConfig
+from retrolm.engine.model import RetroLM
+from retrolm.errors import UserError
+from retrolm.methods import METHODS, PageTensors, choose_pages
+from tiny_models import random_ids, tiny_model
+
+N, W, H, K, D = 5, 6, 6, 2, 8
+
+
+def page_tensors(dtype: torch.dtype = torch.float64) -> PageTensors:
+    """Five pages of 6, 6, 3, 6 and 1 tokens; rows past the end are poisoned where methods must not look."""
+    torch.manual_seed(0)
+    pages = PageTensors(
+        layer=1,
+        q_NWHD=torch.randn(N, W, H, D, dtype=torch.float64).to(dtype),
+        k_NWKD=torch.randn(N, W, K, D, dtype=torch.float64).to(dtype),
+        lengths=torch.tensor([6, 6, 3, 6, 1]),
+        ordinals=torch.arange(N),
+        bookmark_q_NHD=torch.randn(N, H, D, dtype=torch.float64).to(dtype),
+        bookmark_k_NKD=torch.randn(N, K, D, dtype=torch.float64).to(dtype),
+    )
+    for page, length in enumerate(pages.lengths.tolist()):
+        pages.q_NWHD[page, length:] = torch.nan
+        pages.k_NWKD[page, length:] = torch.nan
+    return pages
+
+
+def scores_of(name: str, pages: PageTensors) -> Tensor:
+    method = METHODS.get(name)()
+    return method.score(method.probe(pages), method.digest(pages))
+
+
+def by_hand(name: str, pages: PageTensors, asking: int, page: int) -> float:
+    """One score, written out from the method's paper."""
+    total, group = 0.0, H // K
+    keys = pages.k_NWKD[page, : pages.lengths[page]]
+    queries = pages.q_NWHD[asking, : pages.lengths[asking]]
+    for head in range(H):
+        for d in range(D):
+            if name == "retrolm":
+                assert pages.bookmark_q_NHD is not None and pages.bookmark_k_NKD is not None
+                key, query = pages.bookmark_k_NKD[page, head // group, d], pages.bookmark_q_NHD[asking, head, d]
+                total += float(query * key) / math.sqrt(H * D)
+            elif name == "mean_key":
+                total += float(queries[:, head, d].mean() * keys[:, head // group, d].mean())
+            else:
+                total += max(float(queries[-1, head, d] * key) for key in keys[:, head // group, d])
+    return total
+
+
+@pytest.mark.parametrize("name", ["retrolm", "mean_key", "quest_pages"])
+def test_scores_equal_loops(name: str) -> None:
+    pages = page_tensors()
+    found = scores_of(name, pages)
+    for asking in range(N):
+        for page in range(N):
+            assert math.isclose(float(found[asking, page]), by_hand(name, pages, asking, page), abs_tol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", list(METHODS))
+def test_every_method_scores_pages_of_any_dtype(name: str, dtype: torch.dtype) -> None:
+    found = scores_of(name, page_tensors(dtype))
+    assert found.shape == (N, N) and found.isfinite().all()
+    assert torch.equal(found, scores_of(name, page_tensors(dtype)))
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_every_method_says_what_it_is(name: str) -> None:
+    method = METHODS.get(name)
+    assert method.name == name and method.summary and method.paper.startswith("https://arxiv.org/abs/")
+
+
+def test_random_scores_spread_evenly_and_differ_by_layer() -> None:
+    pages = page_tensors()
+    method = METHODS.get("random")()
+    pages.ordinals = torch.arange(N) + 400
+    digests = (torch.arange(400)[:, None] + 1).double()
+    scores = method.score(method.probe(pages), digests)
+    assert abs(float(scores.mean()) - 0.5) < 0.03 and scores.unique().numel() > 1900
+    pages.layer = 2
+    assert not torch.equal(method.score(method.probe(pages), digests), scores)
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_every_method_reads_any_chunking_alike(name: str) -> None:
+    model, ids = tiny_model("qwen2"), random_ids(90)
+    found = []
+    for chunk_pages in (1, 4, 16):
+        config = RetroConfig(kv_budget=32, page_size=8, chunk_pages=chunk_pages)
+        lm = RetroLM(model, config=config, method=name)
+        found.append(lm.logits(ids))
+        lm.detach()
+    assert (found[0] - found[1]).abs().max() < 1e-6 and (found[0] - found[2]).abs().max() < 1e-6
+
+
+def test_methods_differ() -> None:
+    model, ids = tiny_model("llama"), random_ids(120)
+    logits = [
+        RetroLM(model, config=RetroConfig(kv_budget=40, page_size=8), method=name).logits(ids) for name in METHODS
+    ]
+    for i, one in enumerate(logits):
+        assert all((one - other).abs().max() > 1e-2 for other in logits[:i])
+
+
+def test_unknown_method() -> None:
+    with pytest.raises(UserError, match=r"Unknown method 'retrolmm'.* Did you mean 'retrolm'"):
+        METHODS.get("retrolmm")
+
+
+# --- choosing ------------------------------------------------------------------------------------------------------
+
+
+def choose_by_hand(
+    scores: list[float], num_past: int, room: int, num_sink: int, num_local: int, pinned: set[int]
+) -> list[int]:
+    sinks = [page for page in range(num_past) if page < num_sink]
+    others = [page for page in range(num_past) if page >= num_sink]
+    forced = [page for page in others if page >= num_past - num_local or page in pinned]
+    rest = [page for page in others if page not in forced]
+    rest.sort(key=lambda page: (scores[page], page), reverse=True)
+    ranked = sorted(forced, reverse=True) + rest
+    return sorted(sinks + ranked[: max(room, 0)])
+
+
+@settings(max_examples=200)
+@given(data=st.data())
+def test_choices_equal_a_full_sort(data: st.DataObject) -> None:
+    """Few distinct scores, so that ties are common: they go to the more recent page."""
+    num_pages = data.draw(st.integers(1, 14))
+    rows = data.draw(st.integers(1, 4))
+    scores = data.draw(st.lists(st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0]), min_size=num_pages, max_size=num_pages),
+                                min_size=rows, max_size=rows))  # fmt: skip
+    num_past = data.draw(st.lists(st.integers(0, num_pages), min_size=rows, max_size=rows))
+    room = data.draw(st.lists(st.integers(-2, num_pages), min_size=rows, max_size=rows))
+    num_sink, num_local = data.draw(st.integers(1, 3)), data.draw(st.integers(0, 3))
+    pinned = data.draw(st.sets(st.integers(0, num_pages - 1), max_size=3))
+    mask = torch.tensor([page in pinned for page in range(num_pages)]) if pinned else None
+    found = choose_pages(torch.tensor(scores), num_past, room, num_sink, num_local, mask)
+    for row in range(rows):
+        expected = choose_by_hand(scores[row], num_past[row], room[row], num_sink, num_local, pinned)
+        chosen = found[row].tolist()
+        assert chosen == [-1] * (len(chosen) - len(expected)) + expected
