@@ -12,7 +12,7 @@ from ..errors import UserError
 from .boundary import guard
 from .loading import load_engine
 from .options import DEFAULT_MODEL, EngineOptions
-from .screen import OUT, count, note, show_table
+from .screen import note
 
 if TYPE_CHECKING:
     from ..engine.model import RetroLM
@@ -84,7 +84,7 @@ def evaluate(
     from ..evaluation.runner import DataOptions, Runner
     from ..evaluation.tasks import expand_tasks
     from ..evaluation.variants import VariantLoader, variants_of
-    from .eval_events import EvalScreen
+    from .eval_events import EvalScreen, cell_line
 
     names, sizes, variants = expand_tasks(task), parse_lengths(lengths), variants_of(method, kv_budget, retriever)
     lm = load_engine(engine)
@@ -98,7 +98,8 @@ def evaluate(
             loader, out, run_provenance(), seed=seed, batch_size=batch_size, retry_failed=retry_failed, events=events
         )
         cells = runner.run(sets, variants)
-    show_cells(cells)
+    for cell in cells:
+        print(cell_line(cell))
     return 1 if any(cell["num_failed"] for cell in cells) else 0
 
 
@@ -141,24 +142,3 @@ def make_sets(lm: RetroLM, names: list[str], sizes: list[int | None], options: D
         sets.append(part)
         note(f"{part.task.name} · {part.length or 'natural'}: {len(part.samples)} samples")
     return sets
-
-
-def show_cells(cells: list[dict[str, Any]]) -> None:
-    """Print all cells of a folder as a table."""
-    rows = [
-        (
-            cell["task"],
-            str(cell["length"] or "natural"),
-            cell["method"],
-            cell["retriever"] or "",
-            str(cell["kv_budget"] or ""),
-            f"{100 * cell['score']:.1f}",
-            f"{100 * cell['score_ci'][0]:.1f} – {100 * cell['score_ci'][1]:.1f}",
-            count(cell["num_samples"]),
-            str(cell["num_failed"] or ""),
-        )
-        for cell in cells
-    ]
-    columns = ("task", "length", "method", "retriever", "budget", "score", "95% interval", "samples", "failed")
-    show_table(columns, rows, right=(1, 4, 5, 6, 7, 8))
-    OUT.print()

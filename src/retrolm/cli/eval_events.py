@@ -7,7 +7,8 @@ from typing import Any
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from ..evaluation.runner import Events, cell_name
+from ..evaluation.rows import cell_name
+from ..evaluation.runner import Events
 from .screen import ERR, seconds
 
 

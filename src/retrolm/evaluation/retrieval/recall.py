@@ -17,8 +17,12 @@ from .scores import score_pages
 NUM_PAGES = (8, 14)
 
 
-def recall_rows(lm: RetroLM, cases: Iterable[RetrievalCase], retrievers: Mapping[str, PageRetriever],
-                progress: Callable[[int], None] | None = None) -> list[dict[str, Any]]:
+def recall_rows(
+    lm: RetroLM,
+    cases: Iterable[RetrievalCase],
+    retrievers: Mapping[str, PageRetriever],
+    progress: Callable[[int], None] | None = None,
+) -> list[dict[str, Any]]:
     """Recall of every index over `cases`.
 
     Returns:
@@ -47,7 +51,11 @@ def case_hits(scores_LP: Tensor, case: RetrievalCase, num_pages: int) -> Tensor:
 
 
 def _row(lm: RetroLM, name: str, num_pages: int, hits_NL: Tensor) -> dict[str, Any]:
-    scoring = [layer for layer in range(hits_NL.shape[1]) if layer >= lm.config.num_skip_layers and lm.backbone.retrieves(layer)]
+    scoring = [
+        layer
+        for layer in range(hits_NL.shape[1])
+        if layer >= lm.config.num_skip_layers and lm.backbone.retrieves(layer)
+    ]
     by_layer = hits_NL.mean(0)
     chosen = by_layer[scoring]
     return {

@@ -1,0 +1,101 @@
+"""A file of JSON lines that survives being killed: appended line by line, each on the disk before the next begins."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ..errors import UserError
+
+
+class Journal:
+    """Rows by their "key", kept in a file; a later row with the same key replaces an earlier one.
+
+    Opening repairs a last line that was torn by a kill. Only one process may hold a journal.
+
+    Raises:
+        UserError: another process holds it, or a line that isn't the last one isn't JSON.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise UserError(
+                f"{path} is in use by another run. Wait for it, or give another folder with --out."
+            ) from None
+        _cut_torn_line(self._file.fileno(), path)
+        self.rows = {row["key"]: row for row in read_lines(path)}
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add one row; it is on the disk when this returns."""
+        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        self._file.write(line)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.rows[row["key"]] = row
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a JSON lines file; a last line without its end is left out.
+
+    Raises `UserError` that names a line that isn't a JSON object.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            yield _parsed(line, path, number)
+
+
+def _parsed(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{path}, line {number}, isn't JSON ({error}). Remove the line, then run again.") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{path}, line {number}, isn't a JSON object. Remove the line, then run again.")
+    return row
+
+
+def _cut_torn_line(descriptor: int, path: Path) -> None:
+    data = path.read_bytes()
+    if data and not data.endswith(b"\n"):
+        os.truncate(descriptor, data.rfind(b"\n") + 1)
+        os.fsync(descriptor)
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write a JSON lines file in one step."""
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file in one step: there is the old one or the new one, never a part."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
