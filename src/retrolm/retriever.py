@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,27 +100,54 @@ class PageRetriever(nn.Module):
         out: Tensor = module(rows)
         return out
 
+    def place(self, devices: Sequence[torch.device]) -> PageRetriever:
+        """Move each layer's deltas to the device that the layer computes on, the embedding to the first; in place."""
+        self.embedding.data = self.embedding.data.to(devices[0])
+        for layer, device in enumerate(devices):
+            for key, delta in self.deltas.items():
+                if key.startswith(f"layers_{layer}_"):
+                    delta.to(device)
+        return self
+
     def save(self, folder: str | Path, bits: int = 32) -> Path:
         """Write weights and card into `folder`; both appear whole or not at all.
 
         Args:
             bits: 32 (as trained), 16 (bfloat16) or 8 (matrices as integers with one scale per row).
         """
-        if bits not in _PACKERS:
-            raise UserError(f"bits={bits!r} is not a choice. Allowed: {', '.join(map(str, sorted(_PACKERS)))}.")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors: dict[str, Tensor] = {}
-        for name, value in self.state_dict().items():
-            tensors.update(_PACKERS[bits](name, value.detach().cpu().contiguous()))
-        card = {"format_version": FORMAT_VERSION, **asdict(self.card)}
-        part = folder / (WEIGHTS_FILE + ".part")
-        save_file(tensors, part)
-        part.replace(folder / WEIGHTS_FILE)
-        part = folder / (CARD_FILE + ".part")
-        part.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        part.replace(folder / CARD_FILE)
-        return folder
+        return _write(Path(folder), dict(self.state_dict()), self.card, bits)
+
+
+def export_retriever(source: str | Path, folder: str | Path, bits: int) -> Path:
+    """Write the retriever in `source` anew into `folder` with 8, 16 or 32 bits per weight; needs no backbone.
+
+    The card says how the weights are kept (`details["bits"]`).
+
+    Raises:
+        UserError: `source` holds no readable retriever, `folder` is `source`, or `bits` is no choice.
+    """
+    source, folder = Path(source), Path(folder)
+    if folder.resolve() == source.resolve():
+        raise UserError(f"{folder} is the retriever itself. Name another folder to export to.")
+    card = read_card(source)
+    return _write(folder, _read_tensors(source), replace(card, details={**card.details, "bits": bits}), bits)
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], card: RetrieverCard, bits: int) -> Path:
+    if bits not in _PACKERS:
+        raise UserError(f"bits={bits!r} is not a choice. Allowed: {', '.join(map(str, sorted(_PACKERS)))}.")
+    folder.mkdir(parents=True, exist_ok=True)
+    packed: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        packed.update(_PACKERS[bits](name, value.detach().cpu().contiguous()))
+    part = folder / (WEIGHTS_FILE + ".part")
+    save_file(packed, part)
+    part.replace(folder / WEIGHTS_FILE)
+    part = folder / (CARD_FILE + ".part")
+    content = {"format_version": FORMAT_VERSION, **asdict(card)}
+    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(folder / CARD_FILE)
+    return folder
 
 
 def _pack_32(name: str, value: Tensor) -> dict[str, Tensor]:
@@ -140,7 +167,9 @@ def _pack_8(name: str, value: Tensor) -> dict[str, Tensor]:
 
 
 def _unpacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Float32 tensors of a saved retriever, whatever it was packed as."""
+    """Float32 tensors of a saved retriever, whatever it was packed as; raises `ValueError` if a scale is missing."""
+    if bare := [n for n, value in tensors.items() if value.dtype == torch.int8 and n + _SCALE not in tensors]:
+        raise ValueError(f"{bare[0]} has no scale")
     plain = {name: value.float() for name, value in tensors.items() if not name.endswith(_SCALE)}
     for name, scale in tensors.items():
         if name.endswith(_SCALE):
@@ -161,13 +190,23 @@ def read_card(folder: str | Path) -> RetrieverCard:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         version = fields.pop("format_version")
-        card = RetrieverCard(**fields)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a readable retriever card ({error}). Export the retriever again.") from None
     if version != FORMAT_VERSION:
         raise UserError(
             f"{path} has format {version}; this version reads {FORMAT_VERSION}. Export the retriever again."
         )
+    try:
+        return _checked(RetrieverCard(**fields))
+    except TypeError as error:
+        raise UserError(f"{path} is not a readable retriever card ({error}). Export the retriever again.") from None
+
+
+def _checked(card: RetrieverCard) -> RetrieverCard:
+    """The card, if its fields are of the right types; raises `TypeError`."""
+    whole = all(isinstance(n, int) and n >= low for n, low in ((card.rank, 0), (card.page_size, 1)))
+    if not (whole and isinstance(card.backbone, dict) and isinstance(card.details, dict)):
+        raise TypeError("rank, page_size, backbone or details is of a wrong kind")
     return card
 
 
@@ -180,7 +219,18 @@ def load_retriever(folder: str | Path, shapes: list[ProjectionShape], backbone: 
     """
     card = read_card(folder)
     check_backbone(card, backbone)
-    path = Path(folder) / WEIGHTS_FILE
+    tensors = _read_tensors(Path(folder))
+    retriever = PageRetriever(shapes, tensors["embedding"], card)
+    try:
+        retriever.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise IncompatibleRetrieverError(f"The retriever in {folder} doesn't fit this model: {error}") from None
+    return retriever
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Float32 tensors of a saved retriever; raises `UserError` for what is missing, damaged or not finite."""
+    path = folder / WEIGHTS_FILE
     if not path.is_file():
         raise UserError(f"{folder} holds no retriever weights: {WEIGHTS_FILE} is missing. Export the retriever again.")
     try:
@@ -188,12 +238,9 @@ def load_retriever(folder: str | Path, shapes: list[ProjectionShape], backbone: 
             tensors = _unpacked({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     except Exception as error:
         raise UserError(f"{path} can't be read ({error}). Export the retriever again.") from None
-    retriever = PageRetriever(shapes, tensors["embedding"], card)
-    try:
-        retriever.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise IncompatibleRetrieverError(f"The retriever in {folder} doesn't fit this model: {error}") from None
-    return retriever
+    if "embedding" not in tensors or not all(bool(value.isfinite().all()) for value in tensors.values()):
+        raise UserError(f"{path} is damaged: a tensor is missing or not finite. Export the retriever again.")
+    return tensors
 
 
 def check_backbone(card: RetrieverCard, backbone: Mapping[str, Any]) -> None:

@@ -1,7 +1,8 @@
-"""`retrolm retriever`: look at trained page retrievers."""
+"""`retrolm retriever`: look at trained page retrievers, and pack them smaller."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -9,17 +10,21 @@ import typer
 from .options import JsonFlag
 from .screen import print_json, show_table, size
 
-command = typer.Typer(help="Look at trained page retrievers.")
+PathArgument = Annotated[
+    str, typer.Argument(metavar="PATH", help="Folder of a retriever, or the name of a shipped one.")
+]
+
+command = typer.Typer(help="Look at trained page retrievers, and pack them smaller.")
 
 
 @command.callback()
 def _group() -> None:
-    """Look at trained page retrievers."""
+    """Look at trained page retrievers, and pack them smaller."""
 
 
 @command.command("info")
 def info(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder of a retriever, or the name of a shipped one.")],
+    path: PathArgument,
     as_json: JsonFlag = False,
 ) -> None:
     """Show what a retriever is, what it was trained on and how well it did."""
@@ -45,6 +50,26 @@ def info(
     found["rank"] = card.rank or "full"
     found["weights_bytes"] = "missing" if num_bytes is None else size(num_bytes)
     show_table(("", ""), list(_flat(found)))
+
+
+@command.command("export")
+def export(
+    path: PathArgument,
+    out: Annotated[Path, typer.Option("--out", help="Folder to write to.")],
+    bits: Annotated[int, typer.Option("--bits", help="Bits per weight: 8, 16 or 32.")] = 8,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write a retriever anew with fewer bits per weight, to share or ship it."""
+    from ..engine.shipped import resolve_retriever
+    from ..retriever import WEIGHTS_FILE, export_retriever
+
+    source = resolve_retriever(path)
+    folder = export_retriever(source, out, bits)
+    before, after = ((place / WEIGHTS_FILE).stat().st_size for place in (source, folder))
+    if as_json:
+        print_json({"folder": str(folder), "bits": bits, "bytes": after, "bytes_before": before})
+        return
+    print(f"{folder}: {size(after)} with {bits} bits per weight (before: {size(before)})")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

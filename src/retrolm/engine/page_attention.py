@@ -54,7 +54,7 @@ class PageAttention:
         batch = torch.arange(len(rows), device=rows.device)[:, None]
         queries = rotate(q_BTHD[batch, rows], cos[rows][:, :, None], sin[rows][:, :, None]).float()
         grouped = queries.unflatten(2, (keys.shape[2], -1))
-        logits = torch.einsum("bqkgd,btkd->bkgqt", grouped, keys).flatten(1, 2) * float(info.attention.scaling)
+        logits = torch.einsum("bqkgd,btkd->bkgqt", grouped, keys).flatten(1, 2) * float(info.attention.scaling)  # type: ignore[arg-type]
         if cap := getattr(config, "attn_logit_softcapping", None):
             logits = cap * torch.tanh(logits / cap)
         distance_BQT = rows[..., None] - positions

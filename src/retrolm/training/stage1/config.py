@@ -28,6 +28,7 @@ class Stage1TrainConfig:
         dtype: dtype of the frozen backbone; trained weights are float32 always.
         page_size: tokens per page.
         rank: rank of the W^b deltas; 0 = full matrices.
+        init_from: folder of a retriever of the same backbone and rank to start from; "" = untrained.
         loss: "info_nce" = the paper's contrastive loss (eq 7); "attention_kl" = divergence from the question's true
             attention over the pages (needs no labels); "mixed" = both, the second with weight `kl_share`.
         num_steps: optimiser steps. tokens_per_batch: text tokens of one forward pass at most.
@@ -48,6 +49,7 @@ class Stage1TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     page_size: int = 128
     rank: int = 48
+    init_from: str = ""
     loss: Literal["info_nce", "attention_kl", "mixed"] = "info_nce"
     kl_share: float = 0.5
     num_steps: int = 1000

@@ -1,4 +1,4 @@
-"""Where a run's figures go: a file of JSON lines, the caller, and trackers through accelerate."""
+"""Where a run's figures go: a file of JSON lines, and trackers through accelerate."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ class RunLog:
     """Writes rows on the main process; the other processes are silent.
 
     Args:
-        folder: gets `log.jsonl`. log: called with each row as well.
+        folder: gets `log.jsonl`.
     """
 
-    def __init__(self, accelerator: Accelerator, folder: Path, log: Log | None) -> None:
+    def __init__(self, accelerator: Accelerator, folder: Path) -> None:
         self._accelerator = accelerator
         self._path = folder / LOG_FILE
-        self._log = log
 
     def begin(self, step: int, recipe: dict[str, Any]) -> None:
         """Start at a step: rows of later steps, which a broken-off run left, are dropped."""
@@ -45,8 +44,6 @@ class RunLog:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        if self._log is not None:
-            self._log(row)
 
     def end(self) -> None:
         """Let trackers finish."""

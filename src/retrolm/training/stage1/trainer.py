@@ -20,14 +20,15 @@ from torch.utils.data import DataLoader
 
 from ...engine.model import RetroLM
 from ...errors import UserError
-from ...retriever import PageRetriever, RetrieverCard
+from ...retriever import PageRetriever, RetrieverCard, load_retriever
 from ..data.config import Stage1DataConfig
 from ..data.dataset import Stage1Dataset
 from ..data.mixture import text_length
 from ..data.pool import read_manifest
+from .backbone import check_window
 from .batches import Collate, Stage1Batch, micro_batches
 from .checkpoint import TrainState, check_identity, load_state, refuse_overwriting, save_state
-from .config import Stage1Recipe
+from .config import Stage1Recipe, Stage1TrainConfig
 from .run_log import Log, RunLog, require_trackers
 from .step import Stage1Step, StepResult
 
@@ -41,7 +42,8 @@ class Stage1Trainer:
     Args:
         recipe: data and training settings. lm: the backbone, frozen, with any config.
         pool: folder of the prepared pool. out: folder for checkpoint, log and the finished retriever.
-        log: called with a dict every `log_every` steps (also written to `log.jsonl`).
+        log: called on the main process with a dict every `log_every` steps (also written to `log.jsonl`); may be set
+            later as `on_row`.
         trackers: names of accelerate's trackers ("tensorboard", "wandb", …), or trackers.
 
     Raises:
@@ -60,16 +62,21 @@ class Stage1Trainer:
     ) -> None:
         self.recipe, self.lm, self.pool, self.out = recipe, lm, pool, out
         self.accelerator = _accelerator(trackers, out)
-        _check_window(recipe, lm)
+        check_window(recipe, lm)
         self._own_batches = _own_batches(recipe.train.accumulate, self.accelerator.num_processes)
-        self._log = RunLog(self.accelerator, out, log)
+        self._log = RunLog(self.accelerator, out)
+        self.on_row = log
         lm.model.requires_grad_(False).eval()
-        self.step_module = Stage1Step(lm, self._new_retriever(), recipe.train).to(lm.device)
+        self.step_module = Stage1Step(lm, self._first_retriever(), recipe.train).to(lm.device)
         optimizer = torch.optim.AdamW(self._groups(), lr=recipe.train.lr, betas=(0.9, recipe.train.beta2))
         self.wrapped, self.optimizer = self.accelerator.prepare(self.step_module, optimizer)
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
+
+    @property
+    def retriever_folder(self) -> Path:
+        return self.out / RETRIEVER_FOLDER
 
     @property
     def retriever(self) -> PageRetriever:
@@ -110,7 +117,7 @@ class Stage1Trainer:
             return
         self.retriever.card.details.update(step=self.step, tokens=self.tokens, train_s=round(self.seconds, 1))
         # The checkpoint comes last: a run killed in between does its last steps again and saves the retriever again.
-        self.retriever.save(self.out / RETRIEVER_FOLDER)
+        self.retriever.save(self.retriever_folder)
         state = TrainState(
             self.step,
             self.step_module.state_dict(),
@@ -176,7 +183,7 @@ class Stage1Trainer:
         loss = self.accelerator.reduce(torch.stack([result.loss for result in results]).mean(), "mean")
         hits = torch.stack([_hits_and_counts(result) for result in results]).sum(0)
         recall, device = self._recall(hits), self.lm.device
-        self._log.record(
+        self._record(
             {
                 "step": self.step,
                 "loss": _rounded(loss),
@@ -193,7 +200,12 @@ class Stage1Trainer:
     def _record_dev_recall(self) -> None:
         found = self.dev_recall()
         self.retriever.card.details["dev_recall"] = {"step": self.step, **found}
-        self._log.record({"step": self.step, "dev_recall": found})
+        self._record({"step": self.step, "dev_recall": found})
+
+    def _record(self, row: dict[str, Any]) -> None:
+        self._log.record(row)
+        if self.on_row is not None and self.accelerator.is_main_process:
+            self.on_row(row)
 
     # --- processes ----------------------------------------------------------------------------------------------
 
@@ -214,18 +226,15 @@ class Stage1Trainer:
 
     # --- parts --------------------------------------------------------------------------------------------------
 
-    def _new_retriever(self) -> PageRetriever:
-        train, backbone = self.recipe.train, self.lm.backbone
+    def _first_retriever(self) -> PageRetriever:
+        train, manifest = self.recipe.train, read_manifest(self.pool)
         torch.manual_seed(train.seed)
-        recipe, manifest = self.recipe.as_dict(), read_manifest(self.pool)
-        name = os.path.basename(os.path.normpath(train.model))
-        recipe["train"]["model"] = name if os.path.isdir(train.model) else train.model
-        details = {
-            "recipe": recipe,
-            "data": {key: manifest.get(key) for key in ("num_questions", "num_books", "licences")},
-        }
-        card = RetrieverCard(backbone.fingerprint(), train.rank, train.page_size, f"{name}-stage1", details)
-        retriever = PageRetriever(backbone.projection_shapes(), self.lm.untrained_bookmark(), card)
+        retriever = first_retriever(self.lm, train)
+        recipe = self.recipe.as_dict()
+        recipe["train"]["model"] = _model_name(train.model)
+        retriever.card.details.update(
+            recipe=recipe, data={key: manifest.get(key) for key in ("num_questions", "num_books", "licences")}
+        )
         return retriever.to(self.lm.device)
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -273,6 +282,27 @@ class Stage1Trainer:
         self._log.begin(self.step, self.recipe.as_dict())
 
 
+def first_retriever(lm: RetroLM, train: Stage1TrainConfig) -> PageRetriever:
+    """The retriever a run starts from: a copy of the backbone's projections, or a trained one (`init_from`)."""
+    shapes, fingerprint = lm.backbone.projection_shapes(), lm.backbone.fingerprint()
+    name = f"{os.path.basename(_model_name(train.model))}-stage1"
+    if not train.init_from:
+        return PageRetriever(
+            shapes, lm.untrained_bookmark(), RetrieverCard(fingerprint, train.rank, train.page_size, name)
+        )
+    retriever = load_retriever(train.init_from, shapes, fingerprint)
+    before = retriever.card
+    if before.rank != train.rank:
+        raise UserError(f"{train.init_from} has rank {before.rank}, the recipe {train.rank}. Make them equal.")
+    retriever.card = RetrieverCard(fingerprint, train.rank, train.page_size, name, {"init_from": before.details})
+    return retriever
+
+
+def _model_name(model: str) -> str:
+    """How cards call a model: a folder by its last part, anything else as it is."""
+    return os.path.basename(os.path.abspath(model)) if os.path.isdir(model) else model
+
+
 def learning_rate(step: int, num_steps: int, warmup: float, final: float) -> float:
     """Share of the peak rate at a step: linear rise, then cosine decay to `final`."""
     rising = max(1, round(warmup * num_steps))
@@ -291,14 +321,6 @@ def _accelerator(trackers: Sequence[Any], out: Path) -> Accelerator:
         raise UserError(f"Unknown tracker in {', '.join(map(str, trackers))}: {error}") from None
     require_trackers(accelerator, trackers)
     return accelerator
-
-
-def _check_window(recipe: Stage1Recipe, lm: RetroLM) -> None:
-    if recipe.data.max_tokens > lm.backbone.window:
-        raise UserError(
-            f"max_tokens={recipe.data.max_tokens} exceeds the model's window of {lm.backbone.window} positions, in "
-            f"which training reads whole texts. Set max_tokens to {lm.backbone.window} at most."
-        )
 
 
 def _own_batches(accumulate: int, num_processes: int) -> int:

@@ -1,0 +1,70 @@
+"""`retrolm data`: prepare training data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import UserError
+from .options import JsonFlag
+from .screen import count, note, print_json, show_table, size, waiting
+
+command = typer.Typer(help="Prepare training data.")
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="Recipe (TOML) with a [data] table.")]
+DataRoot = Annotated[Path, typer.Option("--data-root", help="Folder that the recipe's paths are relative to.")]
+
+
+@command.callback()
+def _group() -> None:
+    """Prepare training data."""
+
+
+@command.command("stage1")
+def stage1(
+    config: RecipeArgument,
+    data_root: DataRoot,
+    out: Annotated[Path, typer.Option("--out", help="New folder for the pool.")],
+    model: Annotated[
+        str, typer.Option("--model", help="Model whose tokenizer is used.", show_default="the recipe's")
+    ] = "",
+    as_json: JsonFlag = False,
+) -> None:
+    """Read the recipe's sources, tokenise them once and write the pool that `retrolm train stage1` trains on."""
+    from ..training.data import load_stage1_data_config
+    from ..training.stage1.config import load_recipe
+
+    table = load_stage1_data_config(config)
+    manifest = prepare(table, model or load_recipe(config).train.model, data_root, out)
+    if as_json:
+        print_json(manifest)
+        return
+    show_table(("source", "kept", "skipped"), list(_source_rows(manifest)), right=(1,))
+    num_bytes = sum(path.stat().st_size for path in out.iterdir())
+    questions = sum(sum(counts.values()) for counts in manifest["num_questions"].values())
+    note(
+        f"\n{out}: {count(questions)} questions, {count(manifest['num_passages'])} passages, "
+        f"{count(manifest['num_books'])} books; {size(num_bytes)}"
+    )
+
+
+def prepare(table: Any, model: str, data_root: Path, out: Path) -> dict[str, Any]:
+    """Prepare a pool in the new folder `out`; returns its manifest. Raises `UserError` if it holds one already."""
+    from ..engine.quiet import silence_libraries
+    from ..engine.tokenizer import load_tokenizer
+    from ..training.data import prepare_pool
+
+    if (out / "manifest.json").is_file():
+        raise UserError(f"{out} holds a pool already. Name another folder, or delete this one.")
+    silence_libraries()
+    with waiting("Preparing the pool …"):
+        return prepare_pool(table, load_tokenizer(model), out, data_root, progress=note)
+
+
+def _source_rows(manifest: dict[str, Any]) -> list[tuple[str, str, str]]:
+    return [
+        (name, count(rows["kept"]), ", ".join(f"{count(n)} {reason}" for reason, n in rows["skipped"].items()))
+        for name, rows in manifest["rows"].items()
+    ]

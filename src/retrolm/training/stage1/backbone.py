@@ -1,0 +1,33 @@
+"""Loading the frozen backbone for training, on the device of this process."""
+
+from __future__ import annotations
+
+from accelerate import PartialState
+
+from ...config import MIN_BUDGET_PAGES
+from ...engine.model import RetroLM
+from ...errors import UserError
+from .config import Stage1Recipe
+
+
+def load_backbone(recipe: Stage1Recipe) -> RetroLM:
+    """Load the recipe's backbone so that whole training texts fit its RoPE tables; raises `UserError`."""
+    PartialState()  # makes this process's GPU the current one, where the model is put
+    train = recipe.train
+    smallest = MIN_BUDGET_PAGES * train.page_size
+    lm = RetroLM.from_pretrained(
+        train.model, retriever=None, dtype=train.dtype, page_size=train.page_size, kv_budget=smallest
+    )
+    check_window(recipe, lm)
+    lm.detach()
+    config = lm.config.replace(kv_budget=max(recipe.data.max_tokens, smallest))
+    return RetroLM(lm.model, lm.tokenizer, config=config)
+
+
+def check_window(recipe: Stage1Recipe, lm: RetroLM) -> None:
+    """Raise `UserError` if the recipe's texts exceed the backbone's window."""
+    if recipe.data.max_tokens > lm.backbone.window:
+        raise UserError(
+            f"max_tokens={recipe.data.max_tokens} exceeds the model's window of {lm.backbone.window} positions, in "
+            f"which training reads whole texts. Set max_tokens to {lm.backbone.window} at most."
+        )
