@@ -38,5 +38,5 @@ class StopAfter:
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
         self._width = self._width or input_ids.shape[1] - 1
         texts = self._tokenizer.batch_decode(input_ids[:, self._width :], skip_special_tokens=True)
-        done = [any(stop in text.strip() for stop in self._stops) for text in texts]
+        done = [any(stop in text.lstrip() for stop in self._stops) for text in texts]
         return torch.tensor(done, device=input_ids.device)

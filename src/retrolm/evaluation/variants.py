@@ -112,9 +112,9 @@ class VariantLoader:
         return OpenVariant(lm, reader, self._facts(lm, variant, retriever))
 
     def _retriever(self, lm: RetroLM, name: str) -> PageRetriever | None:
-        path = (
-            None if name == NO_RETRIEVER else find_shipped(lm.backbone) if name == "auto" else resolve_retriever(name)
-        )
+        if name == NO_RETRIEVER:
+            return None
+        path = find_shipped(lm.backbone) if name == "auto" else resolve_retriever(name)
         if path is None:
             return None
         if name not in self._retrievers:
