@@ -108,8 +108,8 @@ def test_large_key_bias(score_rope: bool) -> None:
     """Qwen2's key biases reach 211: a constant before RoPE, not after."""
     lm, naive = pair("qwen2", kv_budget=5 * W, score_rope=score_rope)
     with torch.no_grad():
-        for layer in lm.backbone.layers:
-            layer.attention.k_proj.bias *= 30
+        for layer in lm.model.model.layers:
+            layer.self_attn.k_proj.bias *= 30
     check_reading(lm, naive)
 
 

@@ -30,7 +30,7 @@ def attach(model: Any, budget: int = 48, **options: Any) -> RetroLM:
     return RetroLM(model, config=RetroConfig(kv_budget=budget, page_size=W, **options))
 
 
-def traces(model: nn.Module) -> list[Any]:
+def traces(model: Any) -> list[Any]:
     """Everything that attaching could leave behind in a model's modules."""
     config = model.config._attn_implementation
     return [config] + [

@@ -135,6 +135,15 @@ def test_retrieving_again_changes_nothing_within_the_budget(name: str) -> None:
     assert found.tolist() == expected.tolist()
 
 
+def test_retrieving_again_needs_room_for_the_question() -> None:
+    lm = attach(tiny_model("llama"), kv_budget=3 * W, retrieve_every=4)
+    with pytest.raises(UserError, match=f"takes kv_budget={3 * W + 4} here; it is {3 * W}"):
+        lm.generate(random_ids(40)[None], max_new_tokens=10)
+    lm.generate(random_ids(W + 2)[None], max_new_tokens=10)
+    enough = attach(tiny_model("llama"), kv_budget=3 * W + 4, retrieve_every=4)
+    enough.generate(random_ids(40)[None], max_new_tokens=10)
+
+
 def test_retrieving_again_takes_one_sequence_at_a_time() -> None:
     lm = attach(tiny_model("llama"), retrieve_every=4)
     with pytest.raises(UserError, match="num_return_sequences"):

@@ -128,10 +128,11 @@ def choose_by_hand(
 ) -> list[int]:
     sinks = [page for page in range(num_past) if page < num_sink]
     others = [page for page in range(num_past) if page >= num_sink]
-    forced = [page for page in others if page >= num_past - num_local or page in pinned]
-    rest = [page for page in others if page not in forced]
+    first = [page for page in others if page in pinned]
+    local = [page for page in others if page >= num_past - num_local and page not in pinned]
+    rest = [page for page in others if page not in first + local]
     rest.sort(key=lambda page: (scores[page], page), reverse=True)
-    ranked = sorted(forced, reverse=True) + rest
+    ranked = sorted(first, reverse=True) + sorted(local, reverse=True) + rest
     return sorted(sinks + ranked[: max(room, 0)])
 
 

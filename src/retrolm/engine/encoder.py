@@ -147,7 +147,7 @@ def require_sink_room(table: PageTable, config: RetroConfig) -> None:
 def require_room(query: PageGroup, config: RetroConfig) -> None:
     """Raise `UserError` if a query page leaves no room for the text it asks about."""
     table = query.table
-    needed = min(max(1, config.num_local_pages) + len(query.pinned), max(len(table) - table.num_sink, 0))
+    needed = min(1 + len(query.pinned), max(len(table) - table.num_sink, 0))
     if query.room[0] < needed or len(query.tokens[0]) > config.kv_budget:
         raise UserError(
             f"The question takes {len(query.tokens[0])} tokens and leaves room for {max(query.room[0], 0)} pages of "

@@ -93,6 +93,8 @@ class Generator:
                 f"retrieve_every={every} generates one sequence per prompt. Leave out num_beams and "
                 "num_return_sequences, or set retrieve_every=0."
             )
+        for query in queries:
+            self._require_room_for_rounds(query, every, max_new_tokens)
         held = [torch.empty(0, dtype=torch.int64) for _ in queries]
         try:
             self._rounds(queries, held, every, max_new_tokens, options)
@@ -120,6 +122,18 @@ class Generator:
                 self._turn_page(queries[i], held[i], every)
         if streamer is not None:
             streamer.close()
+
+    def _require_room_for_rounds(self, query: Query, every: int, max_new_tokens: int) -> None:
+        """Raise `UserError` if sink, question, one more page and the generated page won't fit the budget together."""
+        config, table = self._encoder.parts.config, query.table
+        question_pages = len(page_lengths(len(query.tokens), table.page_size))
+        own = every if config.strict_budget else 0
+        needed = table.sink_tokens + (question_pages + 1) * table.page_size + own
+        if config.kv_budget < min(needed, table.num_tokens + len(query.tokens) + max_new_tokens):
+            raise UserError(
+                f"retrieve_every={every} keeps sink and question attended besides the last {every} tokens, which takes "
+                f"kv_budget={needed} here; it is {config.kv_budget}. Raise it, or lower retrieve_every."
+            )
 
     def _turn_page(self, query: Query, held: Tensor, every: int) -> None:
         """The query's page becomes past; the tokens generated last become the next query page."""

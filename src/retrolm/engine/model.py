@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
 
 from ..config import RetroConfig
-from ..errors import UserError
+from ..errors import UserError, unknown
 from ..methods import METHODS
 from ..paging import PageTable, page_lengths
 from ..retriever import PageRetriever, load_retriever
@@ -63,7 +63,7 @@ class RetroLM:
         self.config = config or RetroConfig()
         self.tokenizer = tokenizer
         self.method = METHODS.get(method)()
-        self.retriever = retriever
+        self.retriever: PageRetriever | None = None
         self.model = model
         self.backbone = Backbone(model, self.config.kv_budget + self.config.page_size)
         if self.config.kv_budget > self.backbone.window:
@@ -77,7 +77,7 @@ class RetroLM:
         self.pad_id = _pad_id(tokenizer, self.eos_ids)
         self._bookmark = self._bookmark_row()
         if retriever is not None:
-            retriever.to(self.backbone.device)
+            self.use_retriever(retriever)
 
     @classmethod
     def from_pretrained(
@@ -120,7 +120,7 @@ class RetroLM:
         """Use a trained retriever, given as such or as a folder, for documents read from now on."""
         if not isinstance(retriever, PageRetriever):
             retriever = load_retriever(retriever, self.backbone.projection_shapes(), self.backbone.fingerprint())
-        self.retriever = retriever.to(self.backbone.device).eval()
+        self.retriever = retriever.place([info.device for info in self.backbone.layers]).eval()
         self._bookmark = self._bookmark_row()
 
     @property
@@ -478,6 +478,8 @@ class RetroLM:
 def _load(folder: str, dtype: Any, device_map: Any, model_options: dict[str, Any]) -> tuple[Any, Any]:
     from transformers import AutoConfig
 
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise unknown("dtype", dtype, ("auto", "bfloat16", "float16", "float32"))
     try:
         check_family(AutoConfig.from_pretrained(folder).get_text_config())
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device_map, **model_options)

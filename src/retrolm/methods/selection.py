@@ -21,7 +21,7 @@ def choose_pages(
         num_past: pages before each of the N pages; only these can be chosen.
         room: pages besides the sinks that each page may choose. Local pages count and never exceed it.
         num_sink: leading pages that are always chosen.
-        pinned_P: further pages that are always chosen, bool [P]; they count as `room`.
+        pinned_P: further pages that are always chosen, before local ones, bool [P]; they count as `room`.
 
     Returns:
         Page indices, int64 [N, S], ascending, empty places -1 at the left. S is the largest set of any page.
@@ -31,10 +31,10 @@ def choose_pages(
     room_N = torch.tensor(room, device=device)
     index_P = torch.arange(P, device=device)
     past_NP = index_P < num_past_N[:, None]
-    forced_NP = index_P >= (num_past_N - num_local)[:, None]
+    local_NP = index_P >= (num_past_N - num_local)[:, None]
+    rank_NP = scores_NP.to(torch.float64).masked_fill(local_NP, torch.finfo(torch.float64).max)
     if pinned_P is not None:
-        forced_NP = forced_NP | pinned_P
-    rank_NP = scores_NP.to(torch.float64).masked_fill(forced_NP, torch.inf)
+        rank_NP = rank_NP.masked_fill(pinned_P, torch.inf)
     rank_NP = rank_NP.masked_fill(~past_NP | (index_P < num_sink), -torch.inf)
     width = max(min(past - num_sink, free) for past, free in zip(num_past, room, strict=True))
     best = _best_first(rank_NP)[:, : max(width, 0)]
