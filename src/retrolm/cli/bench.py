@@ -97,10 +97,11 @@ def _head(lm: RetroLM, engine: EngineOptions, verification: Verification) -> dic
         "model": engine.model,
         "dtype": str(lm.backbone.dtype).removeprefix("torch."),
         "device": str(lm.device),
+        "window": lm.backbone.window,
         "method": lm.method.name,
         "retriever": lm.retriever_name,
         "config": asdict(lm.config),
-        **provenance(sys.argv),
+        **provenance(["retrolm", *sys.argv[1:]]),
         "equal_to_stock": {"passed": verification.passed, **asdict(verification)},
         "rows": [],
     }
@@ -125,12 +126,14 @@ def _show(report: dict[str, Any]) -> None:
     title = f"{report['model']}, {report['dtype']}, budget {count(report['config']['kv_budget'])}, {report['device']}"
     show_table(COLUMNS, rows, title=title, right=(0, 2, 3, 4, 5))
     check = report["equal_to_stock"]
-    note(
-        f"\nEqual to the stock model at budget ≥ text: largest logit difference "
-        f"{max(c['largest'] or 0.0 for c in check['checks']):.1e}, bar {check['bar']:.1e}."
-    )
+    largest = max(found["largest"] or 0.0 for found in check["checks"])
+    note(f"\nEquality check passed: largest logit difference {largest:.1e}, bar {check['bar']:.1e}.")
+    window = report["window"]
+    beyond = [count(row["num_tokens"]) for row in report["rows"] if row["num_tokens"] > window]
+    if beyond:
+        note(f"Beyond the model's window of {count(window)} tokens only dense's time counts: {', '.join(beyond)}.")
     hardware = report["hardware"]
-    note(f"{hardware['cpu']}, {hardware['num_threads']} threads{''.join(', ' + gpu for gpu in hardware['gpus'])}")
+    note(f"{hardware['cpu']}, threads: {hardware['num_threads']}{''.join(', ' + gpu for gpu in hardware['gpus'])}")
 
 
 def _cells(row: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Group
-from rich.padding import Padding
 from rich.panel import Panel
+from rich.table import Table
 from rich.text import Text
 
 from .answer_view import answer_json, cost_line, page_lines, read_line, setup_line, speed
@@ -22,8 +21,7 @@ if TYPE_CHECKING:
     from ..engine.document import Document
     from ..engine.results import Answer
 
-ANSWER_INDENT = 10  # behind "expected  " and "answer    "
-FRAME = 4  # what a panel takes of the width
+LABELS = 14  # what the panel's frame and labels take of the width
 
 
 @with_engine_options(max_new_tokens=48)
@@ -75,17 +73,15 @@ def _fetch_if_missing(model: str) -> None:
 
 
 def _panel(asked: ExpectedAnswer, answer: Answer, num_pages: int) -> Panel:
-    lines: list[Text | Padding] = [
-        Text.assemble(("expected  ", "dim"), asked.expected),
-        Text.assemble(("answer    ", "dim"), (answer.text or "(nothing)", "bold")),
-        *(_aside(line) for line in page_lines(answer, num_pages, OUT.width - ANSWER_INDENT - FRAME)),
-        _aside(cost_line(answer)),
-    ]
-    return Panel(Group(*lines), title=Text(asked.question), title_align="left")
-
-
-def _aside(line: str) -> Padding:
-    return Padding(Text(line, style="dim"), (0, 0, 0, ANSWER_INDENT), expand=False)
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim")
+    grid.add_column(overflow="fold")
+    grid.add_row("expected", Text(asked.expected))
+    grid.add_row("answer", Text(answer.text or "(nothing)", style="bold"))
+    lines = page_lines(answer, num_pages, OUT.width - LABELS)
+    grid.add_row("pages", Text("\n".join(lines), style="dim"))
+    grid.add_row("cost", Text(cost_line(answer), style="dim"))
+    return Panel(grid, title=Text(asked.question), title_align="left")
 
 
 def _close(document: Document, answers: list[Answer], model: str) -> None:

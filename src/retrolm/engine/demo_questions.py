@@ -55,6 +55,8 @@ def load_example(folder: Path, whole_book: bool) -> Example:
     except (ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__} {error}"
         raise UserError(f"{path} can't be used: {reason}. Restore it from the repository.") from None
+    if not questions:
+        raise UserError(f"{path} has no questions for this part of the book. Add some, or read the other part.")
     text = read_text_file(book)
     return Example(title, author, text if whole_book else text[:opening_chars], questions)
 
