@@ -17,12 +17,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from retrolm.engine import gguf_convert, pull, wheels
 from retrolm.engine.catalogue import CATALOGUE
 from retrolm.errors import UserError
-from tiny_index import TEMPLATE, TinyIndex, entry_of, make_index, write_wheel
+from tiny_index import TEMPLATE, TinyIndex, entry_of, make_index, write_gguf, write_wheel
 
 
 @pytest.fixture(scope="module")
@@ -291,6 +292,14 @@ def test_any_bytes_instead_of_a_wheel_are_a_user_error(content: bytes) -> None:
 def test_parts_sort_as_numbers(numbers: list[int]) -> None:
     paths = [Path(f"model_part{number}-0.2.0-py3-none-any.whl") for number in numbers]
     assert sorted(paths, key=wheels._numeric) == [paths[numbers.index(number)] for number in sorted(numbers)]
+
+
+def test_half_precision_on_disk_is_not_what_a_cpu_computes_in(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", head_noise=0.0)
+    folder = _made(tmp_path / "out")
+    gguf_convert.convert_gguf(tmp_path / "tiny.gguf", folder, dtype=torch.float16, window=128)
+    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.float16}
+    assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == torch.float32
 
 
 def test_a_head_of_its_own_is_kept() -> None:

