@@ -2,43 +2,55 @@
 
 from __future__ import annotations
 
-import sys
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from ..errors import UserError
 from .boundary import guard
+from .eval_options import (
+    CacheOption,
+    DataOption,
+    DtypeOption,
+    LengthsOption,
+    ModelOption,
+    PageSizeOption,
+    RetrieverOption,
+    SamplesOption,
+    SeedOption,
+    SetOption,
+    TaskOption,
+    TaskSettings,
+    make_sets,
+    model_label,
+    parse_lengths,
+    parse_task_options,
+    run_provenance,
+)
+from .eval_retrieval import retrieval
 from .loading import load_engine
 from .options import DEFAULT_MODEL, EngineOptions
-from .screen import note
-
-if TYPE_CHECKING:
-    from ..engine.model import RetroLM
-    from ..evaluation.runner import DataOptions, SampleSet
 
 command = typer.Typer(invoke_without_command=True)
 
-TaskOption = Annotated[
-    list[str], typer.Option("--task", help="Task or group (ruler-needles, longbench-qa6, …); may be repeated.")
-]
-ModelOption = Annotated[str, typer.Option(help="Name of a pulled model, a folder, or a Hugging Face id.")]
-LengthsOption = Annotated[str, typer.Option(help="Prompt lengths in tokens, parted by commas (4096,8192), or natural.")]
-SamplesOption = Annotated[int | None, typer.Option(help="Samples per task and length.", min=1, show_default="all")]
-SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
-DataOption = Annotated[Path | None, typer.Option(help="Folder with data sets, or hub.", show_default="none")]
-CacheOption = Annotated[Path | None, typer.Option(help="Folder that keeps generated samples.", show_default="none")]
-DtypeOption = Annotated[str, typer.Option(help="Arithmetic of the model: auto, float32, bfloat16, float16.")]
-PageSizeOption = Annotated[int, typer.Option(help="Tokens per page.")]
-RetrieverOption = Annotated[
-    list[str], typer.Option("--retriever", help="auto, none (untrained), a folder or a shipped name; may be repeated.")
-]
-SetOption = Annotated[list[str], typer.Option("--set", help="Any other option of RetroConfig, as key=value.")]
+
+def unless_subcommand(function: Callable[..., int]) -> Callable[..., None]:
+    """Run a group's own command only where none of its subcommands is called."""
+    guarded = guard(function)
+
+    @functools.wraps(function)
+    def callback(context: typer.Context, **options: Any) -> None:
+        if context.invoked_subcommand is None:
+            guarded(context, **options)
+
+    return callback
 
 
 @command.callback()
-@guard
+@unless_subcommand
 def evaluate(
     context: typer.Context,
     task: TaskOption = [],  # noqa: B006
@@ -53,6 +65,7 @@ def evaluate(
     num_samples: SamplesOption = None,
     seed: SeedOption = 42,
     data_dir: DataOption = None,
+    task_option: TaskSettings = [],  # noqa: B006
     cache_dir: CacheOption = None,
     batch_size: Annotated[int, typer.Option(help="Samples read and answered side by side.", min=1)] = 1,
     page_size: PageSizeOption = 128,
@@ -67,8 +80,6 @@ def evaluate(
 
     Exits with 1 if a sample broke (it is recorded and scored 0).
     """
-    if context.invoked_subcommand is not None:
-        return 0
     _require(task, out)
     engine = EngineOptions(
         model=model,
@@ -88,7 +99,9 @@ def evaluate(
 
     names, sizes, variants = expand_tasks(task), parse_lengths(lengths), variants_of(method, kv_budget, retriever)
     lm = load_engine(engine)
-    sets = make_sets(lm, names, sizes, DataOptions(num_samples, seed, data_dir, cache_dir))
+    sets = make_sets(
+        lm, names, sizes, DataOptions(num_samples, seed, data_dir, cache_dir, parse_task_options(task_option))
+    )
     if prepare_only:
         return 0
     loader = VariantLoader(lm, model_label(model), engine.config(), keep_pages)
@@ -110,35 +123,4 @@ def _require(task: list[str], out: Path | None) -> None:
         raise UserError("Name a folder for the rows with --out.")
 
 
-def parse_lengths(text: str) -> list[int | None]:
-    """Lengths in tokens, in the order given; None for "natural". Raises `UserError` for anything else."""
-    found: list[int | None] = []
-    for part in text.replace("_", "").split(","):
-        word = part.strip()
-        if word != "natural" and not (word.isdecimal() and int(word) > 0):
-            raise UserError(f"--lengths must be whole numbers parted by commas, or natural, got {part!r}.")
-        found.append(None if word == "natural" else int(word))
-    return found
-
-
-def model_label(model: str) -> str:
-    """How a model is called in the rows: the last part of a folder's path, else its name."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
-
-
-def run_provenance() -> dict[str, Any]:
-    """Facts of this run that every row states."""
-    from ..engine.provenance import provenance
-
-    return provenance(["retrolm", *sys.argv[1:]])
-
-
-def make_sets(lm: RetroLM, names: list[str], sizes: list[int | None], options: DataOptions) -> list[SampleSet]:
-    """Make all samples before the first answer, so that missing data is known at once."""
-    from ..evaluation.runner import sample_sets
-
-    sets = []
-    for part in sample_sets(lm.tokenizer, names, sizes, options):
-        sets.append(part)
-        note(f"{part.task.name} · {part.length or 'natural'}: {len(part.samples)} samples")
-    return sets
+command.command("retrieval")(retrieval)

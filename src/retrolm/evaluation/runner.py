@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..engine.memory import PeakMemory
+from ..errors import unknown
 from .journal import Journal, write_lines
 from .readers import BudgetError, Prediction, Reader
 from .rows import cell_identity, cell_name, cells_of, sample_key, sample_row
@@ -35,12 +36,13 @@ class SampleSet:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Where samples come from; see `Task.samples`."""
+    """Where samples come from; see `Task.samples`. `task_options` go to the tasks that have them."""
 
     num_samples: int | None = None
     seed: int = 42
     data_dir: Path | str | None = None
     cache_dir: Path | str | None = None
+    task_options: dict[str, Any] = field(default_factory=dict)
 
 
 class Events:
@@ -60,13 +62,23 @@ def sample_sets(
     tokenizer: Tokenizer, tasks: Sequence[str], lengths: Sequence[int | None], options: DataOptions
 ) -> Iterator[SampleSet]:
     """Make or load the samples, shortest length first; raises `UserError` for missing data with how to get it."""
+    chosen = tasks_with(tasks, options.task_options)
     for length in lengths:
-        for name in tasks:
-            task = get_task(name)
+        for task in chosen:
             samples = task.samples(
                 tokenizer, length, options.num_samples, options.seed, options.data_dir, options.cache_dir
             )
             yield SampleSet(task, length, samples)
+
+
+def tasks_with(names: Sequence[str], options: dict[str, Any]) -> list[Task]:
+    """Tasks, each with those of the options that it has; raises `UserError` for an option that none has."""
+    tasks = [get_task(name) for name in names]
+    known = {name for task in tasks for name in task.options}
+    for name in options:
+        if name not in known:
+            raise unknown("task option", name, known)
+    return [task.with_options({key: options[key] for key in options if key in task.options}) for task in tasks]
 
 
 class Runner:
