@@ -38,8 +38,7 @@ class BookmarkProgram:
         self._retriever = retriever
         self._dense = dense
         B, T = batch.tokens_BT.shape
-        # Without a prefix the first text page is the sink, as in prefill.
-        self._num_sink = batch.num_prefix or int(batch.lengths_BM[:, 0].min())
+        self._num_sink = _num_sink(batch)
         is_sink = torch.zeros_like(batch.lengths_BM, dtype=torch.bool)
         is_sink[:, 0] = batch.num_prefix == 0
         self._is_sink = is_sink.flatten()
@@ -85,6 +84,14 @@ class BookmarkProgram:
         return out.unflatten(0, (B, M))
 
 
+def _num_sink(batch: PageBatch) -> int:
+    """Tokens of the sink: the prefix or, as in prefill, the first text page."""
+    first_B = batch.lengths_BM[:, 0]
+    if not batch.num_prefix and bool((first_B != first_B[0]).any()):
+        raise ValueError("first pages of unequal length can't be the sinks of one batch; give a prefix")
+    return batch.num_prefix or int(first_B[0])
+
+
 def bookmark_stream(
     backbone: Backbone,
     attachment: Attachment,
@@ -99,9 +106,7 @@ def bookmark_stream(
         retriever: None = untrained copies. bookmark: embedding [hidden].
         dense: the frozen pass over the same batch.
     """
-    backbone.require_positions(
-        max(batch.num_prefix, int(batch.lengths_BM[:, 0].max())) + int(batch.lengths_BM.max()) + 2
-    )
+    backbone.require_positions(_num_sink(batch) + int(batch.lengths_BM.max()) + 2)
     program = BookmarkProgram(backbone, retriever, batch, dense)
     B, M = batch.lengths_BM.shape
     with attachment.run(program):
