@@ -122,12 +122,13 @@ def test_batches_equal_one_at_a_time(name: str, device_kv_bytes: int | None) -> 
     documents = lm.read(TEXTS)
     pairs = [(document, question) for document in documents for question in QUESTIONS]
     together = lm.ask_batch(pairs, max_new_tokens=8, do_sample=False)
-    for (index, question), answer in zip([(i, q) for i in range(len(TEXTS)) for q in QUESTIONS], together, strict=True):
-        alone = make(name, kv_budget=112).read(TEXTS[index]).ask(question, max_new_tokens=8, do_sample=False)
-        assert alone.token_ids == answer.token_ids
-        assert torch.equal(alone.retrieval.page_ids, answer.retrieval.page_ids)
-        assert torch.allclose(alone.retrieval.scores, answer.retrieval.scores, atol=1e-5, equal_nan=True)
-        assert alone.attended_tokens["decode"] == answer.attended_tokens["decode"]
+    alone = [make(name, kv_budget=112).read(text) for text in TEXTS]
+    for answer, (document, question) in zip(together, [(d, q) for d in alone for q in QUESTIONS], strict=True):
+        expected = document.ask(question, max_new_tokens=8, do_sample=False)
+        assert answer.token_ids == expected.token_ids
+        assert torch.equal(answer.retrieval.page_ids, expected.retrieval.page_ids)
+        assert torch.allclose(answer.retrieval.scores, expected.retrieval.scores, atol=1e-5, equal_nan=True)
+        assert answer.attended_tokens["decode"] == expected.attended_tokens["decode"]
 
 
 def test_answers_come_in_the_order_of_the_questions_across_stores() -> None:

@@ -142,8 +142,8 @@ def test_choices_equal_a_full_sort(data: st.DataObject) -> None:
     """Few distinct scores, so that ties are common: they go to the more recent page."""
     num_pages = data.draw(st.integers(1, 14))
     rows = data.draw(st.integers(1, 4))
-    scores = data.draw(st.lists(st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0]), min_size=num_pages, max_size=num_pages),
-                                min_size=rows, max_size=rows))  # fmt: skip
+    row_of_scores = st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0]), min_size=num_pages, max_size=num_pages)
+    scores = data.draw(st.lists(row_of_scores, min_size=rows, max_size=rows))
     num_past = data.draw(st.lists(st.integers(0, num_pages), min_size=rows, max_size=rows))
     room = data.draw(st.lists(st.integers(-2, num_pages), min_size=rows, max_size=rows))
     num_sink, num_local = data.draw(st.integers(1, 3)), data.draw(st.integers(0, 3))

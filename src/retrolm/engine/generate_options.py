@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..errors import UserError, unknown
 
 _ARGUMENTS = ("generation_config", "logits_processor", "prefix_allowed_tokens_fn", "stopping_criteria", "streamer")
+_MAX_NEW_TOKENS = 64
 _OURS = "RetroLM builds the cache and its inputs itself. Leave it out."
 _ONE_AT_A_TIME = "Generating several tokens per step isn't supported over a compact cache. Leave it out."
 _TENSOR_OUT = "RetroLM returns token ids. Look at scores with a logits_processor."
@@ -37,6 +38,7 @@ class GenerateOptions:
 
     Attributes:
         eos_ids, pad_id: what came of them. num_sequences: rows that generation keeps per prompt.
+        max_new_tokens: what the generation config says; the caller's own number goes before it.
         keeps_rows: whether row i stays row i while generating (not so in beam search).
 
     Raises:
@@ -52,6 +54,7 @@ class GenerateOptions:
         found = self._value("eos_token_id") if self._given("eos_token_id") else list(eos_ids)
         self.eos_ids = tuple(found) if isinstance(found, list) else () if found is None else (int(found),)
         beams, sequences = (int(self._value(name) or 1) for name in ("num_beams", "num_return_sequences"))
+        self.max_new_tokens = int(self._value("max_new_tokens") or _MAX_NEW_TOKENS)
         self.num_sequences = max(beams, sequences)
         self.keeps_rows = beams == 1
         own_pad = self._options.pop("pad_token_id", None)

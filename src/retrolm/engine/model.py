@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextGenerationPipeline, TextIteratorStreamer
 
 from ..config import RetroConfig
 from ..errors import UserError, unknown
@@ -25,6 +25,7 @@ from .document import Document, Past
 from .encoder import Encoder, PagedText, Progress
 from .generate_options import GenerateOptions
 from .generation import Generator, Query
+from .pipeline import RetroLMPipeline
 from .prefill import LayerChoice, PrefillParts
 from .prompts import QUESTION_TEMPLATE, PromptFormat, prompt_format
 from .pull import resolve_model
@@ -356,15 +357,25 @@ class RetroLM:
         return self._retrieval(document, document.table, encoded.captures[0].choices)
 
     def generate(
-        self, input_ids: Tensor, *, attention_mask: Tensor | None = None, max_new_tokens: int = 64, **options: Any
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        max_new_tokens: int | None = None,
+        **options: Any,
     ) -> Tensor:
         """Continue any prompt, as transformers' `generate` does; the last page acts as the query (D11 a).
 
         Args:
             input_ids: int64 [B, T]. attention_mask: [B, T], 0 marks padding on either side.
+            max_new_tokens: tokens to generate at most; None = what the generation config says, or 64.
+            options: passed to transformers' `generate`.
 
         Returns:
             int64 [B, T + new], padded behind the end of shorter continuations.
+
+        Raises:
+            UserError: an empty prompt, ids outside the vocabulary, or an option that can't be honoured.
         """
         rows = torch.atleast_2d(input_ids)
         keep = torch.ones_like(rows) if attention_mask is None else torch.atleast_2d(attention_mask)
@@ -381,7 +392,8 @@ class RetroLM:
         if any(text.pages for text in texts):
             encoder.read([text for text in texts if text.pages])
         queries = [Query(text.table, pages[-1], pages[:-1]) for text, pages in zip(texts, cut, strict=True)]
-        Generator(encoder).run(queries, max_new_tokens, checked)
+        new = checked.max_new_tokens if max_new_tokens is None else max_new_tokens
+        Generator(encoder).run(queries, new, checked)
         sequences = [tokens for query in queries for tokens in query.sequences]
         per_prompt = len(sequences) // len(prompts)
         width = max(map(len, sequences))
@@ -390,6 +402,16 @@ class RetroLM:
         for row, tokens in zip(out, sequences, strict=True):
             row[rows.shape[1] : rows.shape[1] + len(tokens)] = torch.tensor(tokens)
         return out.to(input_ids.device)
+
+    def pipeline(self, **options: Any) -> TextGenerationPipeline:
+        """Transformers' text-generation pipeline over `generate`, for prompts and chats of any length.
+
+        Args:
+            options: as for `transformers.pipeline("text-generation", …)`, without model, tokenizer and device.
+        """
+        if self.tokenizer is None:
+            raise UserError("A pipeline needs a tokenizer. Pass one to RetroLM.")
+        return RetroLMPipeline(self, **options)
 
     def question_ids(self, question: str | Sequence[int], raw: bool = False, follow_up: bool = False) -> list[int]:
         """Token ids of a question page, chat template's tail included; ids are taken as they stand."""
