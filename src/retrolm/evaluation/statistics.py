@@ -46,6 +46,14 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> PairedD
     )
 
 
+def average_interval(scores: Sequence[float], intervals: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """95% interval of the unweighted mean of independent scores from their own intervals (Zou and Donner 2008)."""
+    mean, count = sum(scores) / len(scores), len(scores)
+    low = math.sqrt(sum((score - ends[0]) ** 2 for score, ends in zip(scores, intervals, strict=True)))
+    high = math.sqrt(sum((ends[1] - score) ** 2 for score, ends in zip(scores, intervals, strict=True)))
+    return mean - low / count, mean + high / count
+
+
 def _wilson(hits: int, count: int) -> tuple[float, float]:
     share, z2 = hits / count, _Z95**2
     middle = (share + z2 / (2 * count)) / (1 + z2 / count)

@@ -1,0 +1,140 @@
+"""Rows of several folders, by column of comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import UserError
+from ..journal import read_lines
+from ..retrieval.run import RECALL_FILE
+from ..rows import cells_of
+from ..runner import SAMPLES_FILE
+from ..tasks import GROUPS
+from ..variants import UNTRAINED
+
+FULL = "full"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One line of the tables: what was compared under a name of its own.
+
+    Attributes:
+        prefill: "dense" or "streaming". suffix: tells apart what the other fields don't (other options, dtype).
+    """
+
+    model: str
+    adapter: str | None
+    prefill: str
+    method: str
+    retriever: str | None
+    kv_budget: int | None
+    suffix: str = ""
+
+    @property
+    def name(self) -> str:
+        """Method with retriever and budget."""
+        return f"{self.method_name}, {self.kv_budget} tokens" if self.kv_budget else self.method_name
+
+    @property
+    def method_name(self) -> str:
+        """Method with its retriever; untrained bookmarks are the paper's "w/o Stage1"."""
+        trained = "untrained, w/o stage 1" if self.retriever == UNTRAINED else self.retriever
+        parts = [part for part in (trained, self.adapter, self.suffix) if part]
+        return f"{self.method} ({', '.join(parts)})" if parts else self.method
+
+
+@dataclass(frozen=True)
+class Results:
+    """All rows of a report.
+
+    Attributes:
+        samples: sample rows. cells: their sums, in order of appearance. recall: page-recall rows.
+    """
+
+    samples: list[dict[str, Any]]
+    cells: list[dict[str, Any]]
+    recall: list[dict[str, Any]]
+
+    def columns(self) -> list[Column]:
+        """All columns, dense prefill first, then by method and budget."""
+        found = dict.fromkeys(column_of(cell) for cell in self.cells)
+        return sorted(
+            found, key=lambda c: (c.model, c.prefill, c.method != FULL, c.method, str(c.retriever), c.kv_budget or 0)
+        )
+
+    def cell(self, column: Column, task: str, length: int | None) -> dict[str, Any] | None:
+        """The cell of a column, task and length."""
+        for cell in self.cells:
+            if cell["task"] == task and cell["length"] == length and column_of(cell) == column:
+                return cell
+        return None
+
+    def scores(self, cell: dict[str, Any]) -> dict[str, float]:
+        """Sample scores of a cell by sample id."""
+        return {row["sample_id"]: row["score"] for row in self.samples if row["config_hash"] == cell["config_hash"]}
+
+    def places(self) -> list[tuple[str, int | None]]:
+        """Families of tasks and lengths that occur: ("ruler", 4096)."""
+        found = dict.fromkeys((family(cell["task"]), cell["length"]) for cell in self.cells)
+        return sorted(found, key=lambda place: (place[0], place[1] or 0))
+
+    def tasks(self, name: str, length: int | None) -> list[str]:
+        """Tasks of a family that occur at a length, in the order of the family's group."""
+        found = {cell["task"] for cell in self.cells if family(cell["task"]) == name and cell["length"] == length}
+        order = {task: index for tasks in GROUPS.values() for index, task in enumerate(tasks)}
+        return sorted(found, key=lambda task: (order.get(task, 0), task))
+
+
+def column_of(cell: dict[str, Any]) -> Column:
+    """The column that a cell belongs to."""
+    fields = {key: cell[key] for key in ("model", "adapter", "prefill", "method", "retriever", "kv_budget")}
+    return Column(**fields, suffix=cell.get("suffix", ""))
+
+
+def family(task: str) -> str:
+    """First part of a task's name."""
+    return task.split("/")[0]
+
+
+def load_results(folders: Sequence[Path]) -> Results:
+    """Read the rows of all folders; rows of the same sample and settings count once, the last one.
+
+    Raises `UserError` for a folder without rows.
+    """
+    samples: dict[str, dict[str, Any]] = {}
+    recall: list[dict[str, Any]] = []
+    for folder in folders:
+        files = [folder / name for name in (SAMPLES_FILE, RECALL_FILE) if (folder / name).exists()]
+        if not files:
+            raise UserError(f"{folder} holds neither {SAMPLES_FILE} nor {RECALL_FILE}. Run `retrolm eval --out` first.")
+        for file in files:
+            rows = list(read_lines(file))
+            if file.name == RECALL_FILE:
+                recall += rows
+            else:
+                samples.update((row["key"], row) for row in rows)
+    rows = list(samples.values())
+    return Results(rows, told_apart(cells_of(rows)), recall)
+
+
+def told_apart(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give cells that would stand in the same place (same column, task, length) a suffix."""
+    found: dict[Any, list[dict[str, Any]]] = {}
+    for cell in cells:
+        found.setdefault((column_of(cell), cell["task"], cell["length"]), []).append(cell)
+    return [
+        {**cell, "suffix": "" if len(same) == 1 else f"settings {cell['config_hash'][:6]}"}
+        for same in found.values()
+        for cell in same
+    ]
+
+
+def complete_groups(tasks: Iterable[str]) -> list[str]:
+    """Groups of two tasks or more that are all there, larger groups last."""
+    there = set(tasks)
+    found = [name for name, members in GROUPS.items() if len(members) > 1 and set(members) <= there]
+    return sorted(found, key=lambda name: len(GROUPS[name]))
