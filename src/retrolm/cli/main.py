@@ -27,6 +27,7 @@ COMMANDS = {
     "verify": ("verify", "Show that RetroLM equals the stock model where it should"),
     "bench": ("bench", "Time RetroLM against dense attention by the stock model"),
     "eval": ("eval", "Run benchmark tasks over methods, budgets and lengths"),
+    "report": ("report", "Turn rows of `retrolm eval` into tables and plots"),
     "doctor": ("doctor", "Check this installation"),
 }
 
