@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from ..retriever import ProjectionShape
+from .placement import device_of, weight_of
 from .rope_table import RopeTable
 
 FAMILIES = ("gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
@@ -60,7 +61,7 @@ class Backbone:
         self.head_dim = int(head_dim or self.config.hidden_size // self.num_heads)
         self.hidden_size = int(self.config.hidden_size)
         self.layers = [self._layer(index, layer) for index, layer in enumerate(self.decoder.layers)]
-        self.device: torch.device = model.get_input_embeddings().weight.device
+        self.device = device_of(model.get_input_embeddings())
         self.dtype: torch.dtype = next(p.dtype for p in self.decoder.norm.parameters())
         self._ropes = self._rope_tables(position_limit)
 
@@ -145,21 +146,20 @@ class Backbone:
             )
         types = getattr(self.config, "layer_types", None)
         per_type = _rope_per_type(self.config)
-        device = next(attention.parameters()).device
         return LayerInfo(
             attention=attention,
             projections=projections,
             window=_window(self.config, types[index] if types else None),
             layer_type=types[index] if types and per_type else None,
-            device=device,
+            device=device_of(attention),
             key_bias=self._key_bias(attention),
         )
 
     def _key_bias(self, attention: nn.Module) -> Tensor | None:
-        bias = getattr(getattr(attention, "k_proj", None), "bias", None)
-        if bias is None or hasattr(attention, "k_norm"):
+        projection = getattr(attention, "k_proj", None)
+        if getattr(projection, "bias", None) is None or hasattr(attention, "k_norm"):
             return None
-        return bias.detach()
+        return weight_of(projection, "bias")
 
     def content_keys(self, layer: int, rows: Tensor, out: Tensor) -> Tensor | None:
         """The key projection of `rows` without its bias, or None if it has none.
@@ -233,7 +233,9 @@ def _frequency_set(config: Any, layer_type: str | None, position_limit: int) -> 
 def _norm_digest(decoder: nn.Module) -> str:
     """Digest of the norm weights, rounded so that the dtype a model is loaded in doesn't matter."""
     digest = hashlib.sha256()
-    for name, value in decoder.named_parameters():
-        if "norm" in name and value.dim() == 1 and "lora" not in name:
-            digest.update(value.detach().float().cpu().to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+    for path, module in decoder.named_modules():
+        for name, value in module.named_parameters(recurse=False):
+            if "norm" in path and value.dim() == 1 and "lora" not in path:
+                weight = weight_of(module, name).float().cpu().to(torch.bfloat16)
+                digest.update(weight.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]

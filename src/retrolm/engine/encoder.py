@@ -106,8 +106,7 @@ class Encoder:
         found = None
         with self.attachment.run(program):
             if logits:
-                keep = chunk.places().to(inputs.device)
-                found = backbone.model(**kwargs, logits_to_keep=keep).logits[0]
+                found = backbone.model(**kwargs, logits_to_keep=chunk.places()).logits[0]
             else:
                 backbone.decoder(**kwargs)
         captures = [capture for capture in program.captures if capture is not None]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class OnBudget:
-    """Stands in for the stock model where only `generate` is called: that goes through RetroLM, the rest to the model."""
+    """Stands in for the stock model: `generate` goes through RetroLM, all else to the model."""
 
     def __init__(self, lm: RetroLM) -> None:
         self._lm = lm

@@ -77,7 +77,8 @@ class RopeTable:
         kwargs: dict[str, Any] = {} if self._layer_type is None else {"layer_type": self._layer_type}
         # Not through __call__: hooks that stand on the module answer from this table.
         cos, sin = self._rotary.forward(self._like.to(dtype or self._like.dtype), positions, **kwargs)
-        return cos[0, :num_positions].contiguous(), sin[0, :num_positions].contiguous()
+        device = self._like.device  # a rotary module with an accelerate hook answers on its own
+        return cos[0, :num_positions].to(device).contiguous(), sin[0, :num_positions].to(device).contiguous()
 
     def _probe(self) -> None:
         """Refuse a rotary module that is not a rotation by an angle proportional to the position."""
