@@ -31,6 +31,7 @@ from .eval_options import (
     run_provenance,
 )
 from .eval_retrieval import retrieval
+from .eval_score import score
 from .loading import load_engine
 from .options import DEFAULT_MODEL, EngineOptions
 
@@ -98,13 +99,12 @@ def evaluate(
     from .eval_events import EvalScreen, cell_line
 
     names, sizes, variants = expand_tasks(task), parse_lengths(lengths), variants_of(method, kv_budget, retriever)
-    lm = load_engine(engine)
-    sets = make_sets(
-        lm, names, sizes, DataOptions(num_samples, seed, data_dir, cache_dir, parse_task_options(task_option))
-    )
+    loader = VariantLoader(load_engine(engine), model_label(model), engine.config(), keep_pages)
+    loader.check(variants)
+    data = DataOptions(num_samples, seed, data_dir, cache_dir, parse_task_options(task_option))
+    sets = make_sets(loader.tokenizer, names, sizes, data)
     if prepare_only:
         return 0
-    loader = VariantLoader(lm, model_label(model), engine.config(), keep_pages)
     with EvalScreen(len(sets) * len(variants)) as events:
         assert out is not None
         runner = Runner(
@@ -124,3 +124,4 @@ def _require(task: list[str], out: Path | None) -> None:
 
 
 command.command("retrieval")(retrieval)
+command.command("score")(score)

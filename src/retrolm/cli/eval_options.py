@@ -12,7 +12,6 @@ from ..errors import UserError
 from .screen import note
 
 if TYPE_CHECKING:
-    from ..engine.model import RetroLM
     from ..evaluation.runner import DataOptions, SampleSet
 
 TaskOption = Annotated[
@@ -58,12 +57,12 @@ def run_provenance() -> dict[str, Any]:
     return provenance(["retrolm", *sys.argv[1:]])
 
 
-def make_sets(lm: RetroLM, names: list[str], sizes: list[int | None], options: DataOptions) -> list[SampleSet]:
+def make_sets(tokenizer: Any, names: list[str], sizes: list[int | None], options: DataOptions) -> list[SampleSet]:
     """Make all samples before the first answer, so that missing data is known at once."""
     from ..evaluation.runner import sample_sets
 
     sets = []
-    for part in sample_sets(lm.tokenizer, names, sizes, options):
+    for part in sample_sets(tokenizer, names, sizes, options):
         sets.append(part)
         note(f"{part.task.name} · {part.length or 'natural'}: {len(part.samples)} samples")
     return sets

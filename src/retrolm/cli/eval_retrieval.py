@@ -61,7 +61,7 @@ def retrieval(
     )
     lm = load_engine(engine)
     sets = make_sets(
-        lm, names, sizes, DataOptions(num_samples, seed, data_dir, cache_dir, parse_task_options(task_option))
+        lm.tokenizer, names, sizes, DataOptions(num_samples, seed, data_dir, cache_dir, parse_task_options(task_option))
     )
     facts = {"model": model_label(model), "seed": seed, **run_provenance()}
     run_recall(lm, sets, _retrievers(lm, retriever), out, facts, heatmap, _show)

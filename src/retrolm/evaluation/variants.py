@@ -88,10 +88,16 @@ class VariantLoader:
         self._config = config
         self._keep_pages = keep_pages
         self._retrievers: dict[str, PageRetriever] = {}
+        self._digests: dict[str, str] = {}
 
     @property
     def tokenizer(self) -> Any:
         return self._lm.tokenizer
+
+    def check(self, variants: Sequence[Variant]) -> None:
+        """Raise what `open` would raise for any of the variants, before any work is done."""
+        for variant in variants:
+            self.open(variant)
 
     def open(self, variant: Variant) -> OpenVariant:
         """Attach a variant to the model, in place of the one before.
@@ -119,6 +125,7 @@ class VariantLoader:
             return None
         if name not in self._retrievers:
             self._retrievers[name] = _load(lm, path)
+            self._digests[name] = retriever_digest(self._retrievers[name])
         return self._retrievers[name]
 
     def _facts(self, lm: RetroLM, variant: Variant, retriever: PageRetriever | None) -> dict[str, Any]:
@@ -129,7 +136,7 @@ class VariantLoader:
             "backbone": lm.backbone.fingerprint(),
             "dtype": str(lm.backbone.dtype).removeprefix("torch."),
             "retriever": None if variant.retriever is None else retriever.card.name if retriever else UNTRAINED,
-            "retriever_digest": retriever_digest(retriever) if retriever else None,
+            "retriever_digest": self._digests[variant.retriever] if variant.retriever and retriever else None,
             "adapter": adapter_name(lm.model),
             "method": variant.method,
             "prefill": "dense" if full else "streaming",

@@ -12,6 +12,8 @@ from ..averages import mean
 from .results import Column, Results, family
 from .tables import cells_interval, length_name
 
+SCORE = "score (of 100, mean over tasks)"
+
 
 @dataclass(frozen=True)
 class Plot:
@@ -35,11 +37,11 @@ def all_plots(results: Results) -> list[Plot]:
     plots = []
     for name in dict.fromkeys(family(cell["task"]) for cell in results.cells):
         lines = by_length(results, name, _mean_score)
-        plots += _plot(f"{name}-by-length", f"{name}: score by prompt length", "prompt length (tokens)", "score", lines)
+        plots += _plot(f"{name}-by-length", f"{name}: score by prompt length", "prompt length (tokens)", SCORE, lines)
         for length in dict.fromkeys(place[1] for place in results.places() if place[0] == name):
             budget = by_budget(results, name, length)
             title = f"{name}, {length_name(length)}: score by KV budget"
-            plots += _plot(f"{name}-{length or 'natural'}-by-budget", title, "KV budget (tokens)", "score", budget)
+            plots += _plot(f"{name}-{length or 'natural'}-by-budget", title, "KV budget (tokens)", SCORE, budget)
         memory = by_length(results, name, _peak_memory)
         plots += _plot(f"{name}-memory", f"{name}: peak GPU memory", "prompt length (tokens)", "GB", memory)
     return plots
@@ -115,7 +117,7 @@ def _draw(title: str, x_label: str, y_label: str, lines: list[Line]) -> bytes:
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [length_name(int(tick)).removesuffix(" tokens") for tick in ticks])
     axes.minorticks_off()
-    axes.set_ylim(bottom=0, top=103 if y_label == "score" else None)
+    axes.set_ylim(bottom=0, top=103 if y_label == SCORE else None)
     axes.set(title=title, xlabel=x_label, ylabel=y_label)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)

@@ -1,0 +1,120 @@
+"""`retrolm eval`: rows on disk, clear refusals, page recall, other people's predictions."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from cli_runner import run_cli
+from retrolm.evaluation.journal import read_lines
+from tiny_folder import save_tiny_model
+
+GOLDEN = Path(__file__).parent / "golden" / "infinitebench"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("eval") / "tiny", max_position_embeddings=4096)
+
+
+def evaluate(model: Path, *arguments: object) -> list[object]:
+    return ["eval", "--model", model, "--kv-budget", 256, "--page-size", 32, "--num-samples", 2, *arguments]
+
+
+def test_a_run_writes_rows_and_goes_on_where_it_was(model: Path, tmp_path: Path) -> None:
+    words = evaluate(model, "--task", "ruler/vt", "--lengths", "1000,1200", "--batch-size", 2, "--out", tmp_path)
+    words += ["--method", "full", "--method", "retrolm", "--method", "recency", "--keep-pages"]
+    outcome = run_cli(*words)
+    assert outcome.code == 0 and len(outcome.out.splitlines()) == 6 and "[6/6] ruler/vt · 1200" in outcome.err
+    rows = list(read_lines(tmp_path / "samples.jsonl"))
+    assert len(rows) == 12 and {row["model"] for row in rows} == {"tiny"}
+    assert all(("pages" in row) == (row["method"] != "full") for row in rows)
+    before = (tmp_path / "samples.jsonl").read_bytes()
+    assert run_cli(*words).out == outcome.out
+    assert (tmp_path / "samples.jsonl").read_bytes() == before
+
+
+def test_samples_can_be_made_beforehand(model: Path, tmp_path: Path) -> None:
+    words = evaluate(model, "--task", "ruler/vt", "--lengths", "1000", "--out", tmp_path / "out")
+    outcome = run_cli(*words, "--cache-dir", tmp_path / "cache", "--prepare-only")
+    assert outcome.code == 0 and not (tmp_path / "out").exists()
+    assert len(list((tmp_path / "cache").rglob("*.jsonl.gz"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--out", "x"], ["--task"]),
+        (["--task", "ruler/vt"], ["--out"]),
+        (["--task", "ruler/v", "--out", "x"], ["Did you mean 'ruler/vt'"]),
+        (["--task", "ruler/vt", "--out", "x", "--method", "retrol"], ["Did you mean 'retrolm'"]),
+        (["--task", "ruler/vt", "--out", "x", "--lengths", "4k"], ["--lengths", "'4k'"]),
+        (["--task", "ruler/vt", "--out", "x"], ["ask for one in tokens"]),
+        (["--task", "ruler/vt", "--out", "x", "--kv-budget", "8192"], ["exceeds the model's window"]),
+        (["--task", "ruler/vt", "--out", "x", "--task-option", "essay=a"], ["task option 'essay'"]),
+        (["--task", "ruler/qa_1", "--out", "x", "--lengths", "512"], ["needs a data folder"]),
+        (["--task", "ruler/vt", "--out", "x", "--lengths", "1000", "--retriever", "nix"], ["No page retriever 'nix'"]),
+    ],
+)
+def test_what_cannot_be_run_is_refused(model: Path, tmp_path: Path, words: list[str], parts: list[str]) -> None:
+    words = [str(tmp_path) if word == "x" else word for word in words]
+    outcome = run_cli(*evaluate(model, *words))
+    assert outcome.code == 2 and outcome.out == "" and "Traceback" not in outcome.err
+    assert all(part in outcome.err.splitlines()[-1] for part in parts), outcome.err
+    assert not (tmp_path / "samples.jsonl").exists() or (tmp_path / "samples.jsonl").read_bytes() == b""
+
+
+def test_page_recall_is_measured_once_and_drawn(model: Path, tmp_path: Path) -> None:
+    words = ["eval", "retrieval", "--model", model, "--task", "ruler/niah_single_1", "--lengths", 1024]
+    words += ["--num-samples", 2, "--page-size", 32, "--heatmap", 1, "--out", tmp_path / "out"]
+    books = tmp_path / "essays.txt"
+    books.write_text("The grass is green. The sky is blue. " * 400, encoding="utf-8")
+    words += ["--task-option", f"essays={books}"]
+    outcome = run_cli(*words)
+    rows = list(read_lines(tmp_path / "out" / "recall.jsonl"))
+    assert outcome.code == 0 and {"attention_mass", "mean_key", "untrained_bookmarks"} <= {r["index"] for r in rows}
+    assert all({"recall", "best_layer", "layers", "config_hash", "commit"} <= set(row) for row in rows)
+    (picture,) = (tmp_path / "out").glob("heatmap_*.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    before = (tmp_path / "out" / "recall.jsonl").read_bytes()
+    assert run_cli(*words).code == 0
+    assert (tmp_path / "out" / "recall.jsonl").read_bytes() == before
+
+
+# --- predictions of others -----------------------------------------------------------------------------------------
+
+
+def test_published_predictions_get_the_published_score() -> None:
+    """GPT-4 on En.MC of InfiniteBench: 67.25 in its paper."""
+    (path,) = (GOLDEN / "gpt4").glob("*longbook_choice_eng*")
+    found = run_cli("eval", "score", path, "--task", "infinitebench/longbook_choice_eng", "--json").json
+    assert round(100 * found["score"], 2) == 67.25
+    assert found["num_samples"] == len(found["scores"]) == 229
+
+
+@pytest.mark.parametrize(
+    ("row", "score"),
+    [
+        ({"pred": "Paris", "answers": ["Paris"]}, 1.0),
+        ({"prediction": "in Paris", "ground_truth": "Paris"}, 2 / 3),
+        ({"pred": "Rome", "outputs": ["Paris"]}, 0.0),
+    ],
+)
+def test_rows_of_several_harnesses_are_read(tmp_path: Path, row: dict[str, object], score: float) -> None:
+    path = tmp_path / "predictions.jsonl.gz"
+    path.write_bytes(gzip.compress((json.dumps(row) + "\n").encode()))
+    found = run_cli("eval", "score", path, "--task", "longbench/qasper", "--json").json
+    assert found["score"] == pytest.approx(score)
+
+
+def test_unreadable_predictions_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.jsonl"
+    task = ("--task", "longbench/qasper")
+    run_cli("eval", "score", path, *task).refused_in_one_line("no file")
+    path.write_text('{"pred": "x"}\n', encoding="utf-8")
+    run_cli("eval", "score", path, *task).refused_in_one_line("row 1", "answers")
+    path.write_text("", encoding="utf-8")
+    run_cli("eval", "score", path, *task).refused_in_one_line("holds no rows")
