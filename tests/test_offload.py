@@ -61,6 +61,9 @@ def test_device_map_of_from_pretrained(tmp_path: Path) -> None:
 class IntegerLinear(nn.Module):
     """A linear layer as quantisers make them: not an `nn.Linear`, no floating-point weight, no parameters at all."""
 
+    packed: Tensor
+    scale: Tensor
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight = linear.weight.detach()

@@ -143,13 +143,20 @@ def _change_card(**fields: Any) -> Callable[[Path], None]:
     return damage
 
 
+def _card_text(text: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (folder / CARD_FILE).write_text(text)
+
+    return damage
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (_truncate, "can't be read"),
     "garbage": (_garbage, "can't be read"),
     "no weights": (_no_weights, f"{WEIGHTS_FILE} is missing"),
     "no card": (_no_card, f"{CARD_FILE} is missing"),
-    "card is no JSON": (lambda folder: (folder / CARD_FILE).write_text("{") and None, "not a readable retriever card"),
-    "card is a list": (lambda folder: (folder / CARD_FILE).write_text("[]") and None, "not a readable retriever card"),
+    "card is no JSON": (_card_text("{"), "not a readable retriever card"),
+    "card is a list": (_card_text("[]"), "not a readable retriever card"),
     "card of another kind": (_change_card(surprise=1), "not a readable retriever card"),
     "rank is a word": (_change_card(rank="four"), "not a readable retriever card"),
     "newer format": (_change_card(format_version=99), "has format 99; this version reads 1"),

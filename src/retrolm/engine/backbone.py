@@ -156,7 +156,7 @@ class Backbone:
         )
 
     def _key_bias(self, attention: nn.Module) -> Tensor | None:
-        projection = getattr(attention, "k_proj", None)
+        projection: Any = getattr(attention, "k_proj", None)
         if getattr(projection, "bias", None) is None or hasattr(attention, "k_norm"):
             return None
         return weight_of(projection, "bias")

@@ -94,6 +94,7 @@ class Encoder:
         backbone = self.parts.backbone
         backbone.require_positions(max(max(g.end) + max(map(len, g.tokens)) for g in chunk.groups) + 1)
         backbone.require_positions(max(g.table.sink_tokens for g in chunk.groups) + chunk.width + 2)
+        self._assert_positions(chunk)
         program = PrefillProgram(self.parts, chunk)
         rows = backbone.embed(chunk.token_rows(self._pad_id)).flatten(0, 1)
         marks = self._bookmark.to(rows).expand(program.num_bookmarks, -1)
@@ -111,6 +112,13 @@ class Encoder:
                 backbone.decoder(**kwargs)
         captures = [capture for capture in program.captures if capture is not None]
         return Encoded(captures, program.peak_attended, found)
+
+    def _assert_positions(self, chunk: Chunk) -> None:
+        """However long the text, no page begins beyond the budget (or beyond what a kept sliding window reaches)."""
+        config = self.parts.config
+        if config.first_layer_mode != "full" or not config.num_skip_layers:
+            most = max(config.kv_budget, self.kept_window + config.page_size)
+            assert all(0 <= end <= most for group in chunk.groups for end in group.end)
 
     def _require_window(self, num_tokens: int) -> None:
         """A layer that attends the whole text can't take a text longer than the model's window."""

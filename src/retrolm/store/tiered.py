@@ -83,6 +83,7 @@ class _LayerCache:
 
     def insert(self, ids: Tensor, keys: Tensor, values: Tensor) -> None:
         """Take over pages that were just written; what doesn't fit is only dropped from the cache."""
+        self._wait_for_prefetch()
         self._clock += 1
         slots = self._slot_of[ids]
         self._page_in[slots[slots >= 0]] = -1
@@ -103,17 +104,17 @@ class _LayerCache:
         return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]])
 
     def prefetch(self, ids: Tensor, host: Slabs) -> None:
-        unique = ids.unique()[: len(self._page_in) // 2]
         if self._stream is None:
             return
+        unique = ids.unique()[: len(self._page_in) // 2]
         with torch.cuda.stream(self._stream):
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
             self._load(unique, host, count=False)
 
     def _load(self, unique: Tensor, host: Slabs, count: bool = True) -> None:
         """Make sure the pages `unique` are in the cache."""
-        if self._stream is not None and count:
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        if count:
+            self._wait_for_prefetch()
         self._clock += 1
         slots = self._slot_of[unique]
         missing = unique[slots < 0]
@@ -126,6 +127,11 @@ class _LayerCache:
         keys, values = host.read(missing)
         slots = self._claim(missing)
         self.slabs.write(slots, keys.to(self._device, non_blocking=True), values.to(self._device, non_blocking=True))
+
+    def _wait_for_prefetch(self) -> None:
+        """Slots that a prefetch is still filling may be read or given away only after it."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def _claim(self, ids: Tensor) -> Tensor:
         """Give each page the slot whose page was used longest ago; returns the slots."""
