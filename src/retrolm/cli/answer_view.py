@@ -86,7 +86,11 @@ def read_line(document: Document) -> str:
 def setup_line(document: Document, model: str) -> str:
     """With what it was read."""
     lm = document.lm
-    return f"{model} · budget {count(lm.config.kv_budget)} · method {lm.method.name} · retriever: {lm.retriever_name}"
+    trained = "trained " if lm.method.needs_bookmarks and lm.retriever else ""
+    return (
+        f"{model} · budget {count(lm.config.kv_budget)} · method {lm.method.name} · "
+        f"retriever: {trained}{lm.retriever_name}"
+    )
 
 
 def show_opening(document: Document, model: str) -> None:

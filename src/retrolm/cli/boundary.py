@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import errno
 import functools
+import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import typer
@@ -32,10 +35,32 @@ def run_guarded(app: typer.Typer, words: Sequence[str], debug: bool) -> int:
     """Run `app` on `words`; returns the exit code, whatever happens inside."""
     global _debug
     _debug = debug
+    with nullcontext() if debug else _hushed():
+        return _run(app, words)
+
+
+def _run(app: typer.Typer, words: Sequence[str]) -> int:
     try:
-        return int(app(list(words), standalone_mode=False, prog_name="retrolm") or 0)
+        code = int(app(list(words), standalone_mode=False, prog_name="retrolm") or 0)
+        sys.stdout.flush()
+        return code
     except USAGE_ERROR as error:
         return _usage_error(error)
+    except (Exception, KeyboardInterrupt) as error:
+        return _explain(error)
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep libraries' warnings, which no user of the command can act on, off the terminal."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def guard(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,6 +19,7 @@ from .screen import OUT, count, note, print_json, seconds, show_table, size, wai
 if TYPE_CHECKING:
     from ..engine.demo_questions import Example, ExpectedAnswer
     from ..engine.document import Document
+    from ..engine.model import RetroLM
     from ..engine.results import Answer
 
 LABELS = 14  # what the panel's frame and labels take of the width
@@ -100,8 +101,16 @@ def _close(document: Document, answers: list[Answer], model: str) -> None:
     columns = ("question", "tokens attended", "first token", "tokens/s", "KV on device", "KV on host")
     show_table(columns, rows, title=f"\n{read_line(document)}", right=range(6))
     OUT.print(Text(setup_line(document, model)))
-    if document.lm.retriever is None and document.lm.method.needs_bookmarks:
-        OUT.print("No trained page retriever for this model is here: its pages were picked by untrained bookmarks.")
+    OUT.print(Text(_picked_by(document.lm)))
+
+
+def _picked_by(lm: RetroLM) -> str:
+    """Plain words on what picked the pages."""
+    if not lm.method.needs_bookmarks:
+        return f"Pages were picked by {lm.method.name}, which is not trained."
+    if lm.retriever is None:
+        return "Pages were picked by untrained bookmarks: no trained page retriever for this model is here."
+    return f"Pages were picked by the trained page retriever {lm.retriever_name}."
 
 
 def _as_json(example: Example, document: Document, answers: list[Answer], model: str, num_pages: int) -> dict[str, Any]:

@@ -51,6 +51,7 @@ def build_app(wanted: str) -> typer.Typer:
         callback=_root,
         context_settings=CONTEXT,
         add_completion=False,
+        pretty_exceptions_enable=False,
     )
     for name, (module, summary) in COMMANDS.items():
         command = importlib.import_module(f".{module}", __package__).command if name == wanted else _not_loaded
