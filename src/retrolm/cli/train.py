@@ -60,6 +60,7 @@ def stage1(
         complete = trainer.run(resume, stop_after)
     if trainer.accelerator.is_main_process:
         _report(trainer, complete)
+    trainer.close()
 
 
 def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:

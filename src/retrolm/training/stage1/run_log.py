@@ -47,7 +47,8 @@ class RunLog:
 
     def end(self) -> None:
         """Let trackers finish."""
-        self._accelerator.end_training()
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
 
 
 def require_trackers(accelerator: Accelerator, wanted: Sequence[Any]) -> None:

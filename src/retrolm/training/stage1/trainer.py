@@ -109,7 +109,16 @@ class Stage1Trainer:
             if last or out_of_time or (train.save_every and self.step % train.save_every == 0):
                 self.save()
         self._log.end()
+        self.accelerator.wait_for_everyone()
         return self.step == train.num_steps
+
+    def close(self) -> None:
+        """Leave the group of processes, if there is one; nothing can be trained afterwards."""
+        # The wrapper goes first: were it the last to hold a gloo group, torch would tear the group down with the
+        # interpreter's lock held, while the group's own thread may be waiting for that lock.
+        del self.wrapped
+        self.accelerator.free_memory()
+        self.accelerator.state.destroy_process_group()
 
     def save(self) -> None:
         """Write the retriever as it stands, then the checkpoint."""

@@ -1,0 +1,77 @@
+"""From samples to batches: page places, labels and grouping, for any lengths."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retrolm.training.data import Stage1Sample, page_labels
+from retrolm.training.stage1.batches import Collate, micro_batches
+
+PREFIX = np.array([3, 4, 5], np.int32)
+
+
+@st.composite
+def samples(draw: st.DrawFn, num_prefix: int) -> list[Stage1Sample]:
+    found = []
+    for number in range(draw(st.integers(1, 4))):
+        length = draw(st.integers(1, 70))
+        spans = [tuple(sorted(draw(st.tuples(st.integers(0, length), st.integers(0, length))))) for _ in range(3)]
+        found.append(
+            Stage1Sample(
+                input_ids=np.arange(100, 100 + length, dtype=np.int32),
+                question_ids=np.full(draw(st.integers(1, 20)), 7 + number, np.int32),
+                prefix_ids=PREFIX[:num_prefix],
+                positive_spans=tuple(spans[:2]),
+                source=f"source {number}",
+                masked_spans=tuple(spans[2:]),
+            )
+        )
+    return found
+
+
+@settings(deadline=None)
+@given(data=st.data(), page_size=st.integers(1, 40), num_prefix=st.integers(0, 3))
+def test_pages_cover_each_sequence_and_labels_match(data: st.DataObject, page_size: int, num_prefix: int) -> None:
+    group = data.draw(samples(num_prefix))
+    batch = Collate(page_size, pad_id=0)(group)
+    pages = batch.pages
+    assert pages.num_prefix == num_prefix
+    for row, sample in enumerate(group):
+        text, question = sample.input_ids.tolist(), sample.question_ids.tolist()
+        whole = [*PREFIX[:num_prefix].tolist(), *text, *question]
+        assert pages.tokens_BT[row, : len(whole)].tolist() == whole
+        assert not pages.tokens_BT[row, len(whole) :].any()
+        spans = [(s, s + n) for s, n in zip(pages.starts_BM[row].tolist(), pages.lengths_BM[row].tolist(), strict=True)]
+        real = [span for span in spans[:-1] if span[0] < span[1]]
+        assert [whole[s:e] for s, e in real] == [text[i : i + page_size] for i in range(0, len(text), page_size)]
+        assert whole[slice(*spans[-1])] == question
+        gold, masked = (set(labels.tolist()) for labels in page_labels(sample, page_size))
+        assert set(batch.positive_BP[row].nonzero()[:, 0].tolist()) == gold
+        assert set(batch.negative_BP[row].nonzero()[:, 0].tolist()) == set(range(len(real))) - gold - masked
+    assert pages.num_tokens == sum(len(s.input_ids) + len(s.question_ids) + num_prefix for s in group)
+    assert batch.sources == tuple(sample.source for sample in group)
+    moved = batch.to(torch.device("meta"))
+    assert moved.pages.tokens_BT.is_meta and moved.positive_BP.is_meta and moved.sources == batch.sources
+
+
+@settings(deadline=None)
+@given(lengths=st.lists(st.sampled_from([50, 100, 200, 900]), max_size=40), most=st.integers(60, 1000))
+def test_micro_batches(lengths: list[int], most: int) -> None:
+    groups = list(micro_batches(iter(lengths), most))
+    assert [index for group in groups for index in group] == list(range(len(lengths)))
+    for group in groups:
+        assert len({lengths[i] for i in group}) == 1
+        assert len(group) == 1 or sum(lengths[i] for i in group) <= most
+    for first, second in zip(groups, groups[1:], strict=False):
+        joined = [lengths[i] for i in (*first, second[0])]
+        assert len(set(joined)) > 1 or sum(joined) > most  # nothing was split without need
+
+
+def test_micro_batches_are_lazy() -> None:
+    endless = (64 for _ in iter(int, 1))
+    assert list(islice(micro_batches(endless, 128), 2)) == [[0, 1], [2, 3]]

@@ -1,0 +1,53 @@
+"""Several processes train as one does: two on the CPU, started by torchrun, against one with accumulation."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from retrolm.errors import UserError
+from retrolm.retriever import WEIGHTS_FILE
+from retrolm.training.stage1 import trainer
+from retrolm.training.stage1.checkpoint import load_state
+from stage1_pool_maker import tiny_pool
+from stage1_run_maker import tiny_trainer
+from test_stage1_resume import ENVIRONMENT, WORKER, without_times
+
+SETTINGS = {"accumulate": 4, "num_steps": 4, "log_every": 1, "dev_every": 2, "dev_samples": 6}
+
+
+def run_two(out: Path) -> str:
+    """Train with two processes; returns what they print."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(WORKER)]
+    settings = [f"{key}={value}" for key, value in SETTINGS.items()]
+    command = [*launch, str(tiny_pool()), str(out), *settings]
+    environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    assert tiny_trainer(tmp_path / "one", **SETTINGS).run()
+    printed = run_two(tmp_path / "two")
+    assert printed.count("processes 2") == 1 and printed.split().count("4") == 2  # the main process alone speaks
+    one, two = (load_file(tmp_path / name / "retriever" / WEIGHTS_FILE) for name in ("one", "two"))
+    for name, value in one.items():
+        assert torch.allclose(value, two[name], rtol=0, atol=1e-6), name
+    for row, other in zip(*(without_times(tmp_path / name) for name in ("one", "two")), strict=True):
+        assert row.keys() == other.keys() and row["step"] == other["step"]
+        if "loss" in row:
+            assert row == pytest.approx(other, abs=2e-4)
+    states = [load_state(tmp_path / name) for name in ("one", "two")]
+    assert states[0] is not None and states[1] is not None and states[0].tokens == states[1].tokens
+
+
+def test_accumulation_has_to_be_shared_evenly() -> None:
+    assert trainer._own_batches(6, 3) == 2
+    with pytest.raises(UserError, match=r"accumulate=3 .* 2 processes.*--set accumulate=2"):
+        trainer._own_batches(3, 2)

@@ -1,0 +1,136 @@
+"""F7: a training step moves the retriever alone; losses, scales and true attention are what they are said to be."""
+
+from __future__ import annotations
+
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from retrolm.config import RetroConfig
+from retrolm.engine.dense_pass import dense_pass
+from retrolm.engine.model import RetroLM
+from retrolm.engine.page_attention import PageAttention
+from retrolm.engine.page_batch import page_batch
+from retrolm.errors import UserError
+from retrolm.training.stage1.step import Stage1Step
+from retrolm.training.stage1.trainer import first_retriever, learning_rate
+from stage1_run_maker import W, tiny_backbone, tiny_batch, tiny_recipe, tiny_trainer
+from test_against_naive import random_retriever
+from tiny_models import random_ids, tiny_model
+
+IDS = torch.arange(2, 80)[None]
+
+
+def bits(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("loss", ["info_nce", "attention_kl", "mixed"])
+def test_a_step_moves_the_retriever_alone(loss: str, rank: int, tmp_path: Path) -> None:
+    lm = tiny_backbone()
+    before, logits = bits(lm.model), lm.model(IDS).logits
+    trainer = tiny_trainer(tmp_path, lm, loss=loss, rank=rank, num_steps=1, lr=1e-2)
+    start = bits(trainer.step_module)
+    assert trainer.run()
+    assert all(torch.equal(value, before[name]) for name, value in lm.model.state_dict().items())
+    assert torch.equal(lm.model(IDS).logits, logits)
+    assert not any(value.requires_grad or value.grad is not None for value in lm.model.parameters())
+    moved = {name for name, value in trainer.step_module.state_dict().items() if not torch.equal(value, start[name])}
+    assert {"retriever.embedding", "log_scales"} <= moved
+    assert any(name.startswith("retriever.deltas.layers_2_k_proj") for name in moved)
+    assert all(name.startswith(("retriever.", "log_scales")) for name in moved)
+
+
+def test_one_batch_is_learnt(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    trainer = tiny_trainer(tmp_path, num_steps=30, lr=1e-2, accumulate=1, log_every=1)
+    trainer.on_row = rows.append
+    same = repeat(tiny_batch(trainer.recipe))
+    while trainer.step < 30:
+        trainer._one_step(same)
+    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
+    assert rows[-1]["tokens"] == 30 * tiny_batch(trainer.recipe).pages.num_tokens
+
+
+def test_calibrated_scores_have_a_standard_deviation_of_one() -> None:
+    lm, recipe = tiny_backbone(), tiny_recipe()
+    module = Stage1Step(lm, random_retriever(lm, 0), recipe.train)
+    batch = tiny_batch(recipe)
+    raw = module(batch).spreads_L
+    module.calibrate(raw)
+    assert torch.allclose(raw * module.log_scales.exp(), torch.ones(len(raw)))
+    assert module.layers == [1, 2]
+
+
+def test_mixed_is_the_weighted_sum() -> None:
+    lm = tiny_backbone()
+    retriever, batch = random_retriever(lm, 0), tiny_batch(tiny_recipe())
+    losses = {}
+    for kind in ("info_nce", "attention_kl", "mixed"):
+        train = tiny_recipe(loss=kind, kl_share=0.3).train
+        losses[kind] = float(Stage1Step(lm, retriever, train)(batch).loss.detach())
+    assert losses["mixed"] == pytest.approx(0.7 * losses["info_nce"] + 0.3 * losses["attention_kl"], rel=1e-5)
+    assert losses["info_nce"] != pytest.approx(losses["attention_kl"], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-mqa", "qwen3", "phi3", "gemma2", "mistral-sliding"])
+def test_page_attention_is_the_stock_models(name: str) -> None:
+    """Attention weights of the stock model, summed by page; the second sequence is padded."""
+    model = tiny_model(name)
+    lm = RetroLM(model, config=RetroConfig(kv_budget=96, page_size=8))
+    prefix, texts = random_ids(5).tolist(), [random_ids(n, n).tolist() for n in (37, 20)]
+    questions = [random_ids(n, n).tolist() for n in (3, 6)]
+    batch = page_batch(prefix, texts, questions, 8, pad_id=0)
+    layers = [n for n in range(lm.backbone.num_layers) if lm.backbone.retrieves(n)]
+    attention = PageAttention(lm.backbone, batch, layers)
+    dense_pass(lm.backbone, lm.attachment, batch, attention)
+    assert sorted(attention.mass) == layers
+    model.set_attn_implementation("eager")
+    for row, (text, question) in enumerate(zip(texts, questions, strict=True)):
+        with torch.no_grad():
+            weights = model(torch.tensor([prefix + text + question]), output_attentions=True).attentions
+        for layer in layers:
+            mass = weights[layer][0, :, -len(question) :].mean((0, 1))[5 : 5 + len(text)]
+            expected = torch.stack([part.sum() for part in mass.split(8)]).float()
+            found = attention.mass[layer][row]
+            assert torch.allclose(found[: len(expected)], expected, atol=2e-6) and not bool(
+                found[len(expected) :].any()
+            )
+            shares = attention.shares(layer)[row]
+            assert shares.sum().item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_learning_rate() -> None:
+    rates = [learning_rate(step, 100, 0.1, 0.05) for step in range(100)]
+    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True) and 0.05 <= rates[-1] < 0.06
+    assert [learning_rate(step, 1, 0.0, 0.0) for step in range(1)] == [1.0]
+
+
+def test_a_run_goes_on_from_a_retriever(tmp_path: Path) -> None:
+    lm = tiny_backbone()
+    folder = random_retriever(lm, 3).save(tmp_path / "first")
+    retriever = first_retriever(lm, tiny_recipe(init_from=str(folder)).train)
+    assert torch.equal(retriever.embedding, random_retriever(lm, 3).embedding)
+    assert "init_from" in retriever.card.details
+    with pytest.raises(UserError, match="has rank 3, the recipe 5"):
+        first_retriever(lm, tiny_recipe(init_from=str(folder), rank=5).train)
+
+
+def test_texts_beyond_the_window_are_refused(tmp_path: Path) -> None:
+    model = tiny_model("llama", dtype=torch.float32, vocab_size=600, max_position_embeddings=400)
+    lm = RetroLM(model, tiny_backbone().tokenizer, config=RetroConfig(kv_budget=3 * W, page_size=W))
+    with pytest.raises(UserError, match=r"max_tokens=500 exceeds the model's window of 400.*at most"):
+        tiny_trainer(tmp_path, lm)
+
+
+def test_dev_recall_covers_all_lengths_and_counts_its_samples(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path, dev_every=1, num_steps=1, dev_samples=12)
+    assert trainer.run()
+    found = trainer.retriever.card.details["dev_recall"]
+    assert found["step"] == 1 and 0 <= found["mean"] <= found["best"] <= 1
+    assert trainer.dev_recall() == {key: found[key] for key in ("mean", "best")}
