@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import pty
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -186,3 +188,21 @@ def _read_until(descriptor: int, wanted: bytes, seconds: float) -> bytes:
         except OSError:  # the other end has closed
             break
     return found
+
+
+def test_library_warnings_show_only_with_debug(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = RetroLM.read
+
+    def read(self: RetroLM, *arguments: Any, **options: Any) -> Any:
+        warnings.warn("an idle remark", stacklevel=1)
+        logging.getLogger("some.library").warning("an idle remark")
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(RetroLM, "read", read)
+    words = ["ask", desk.text, QUESTION, *desk.options]
+    with pytest.warns(UserWarning, match="an idle remark"):
+        assert run_cli(*words, "--debug").code == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run_cli(*words).code == 0
+    assert logging.root.manager.disable == logging.NOTSET

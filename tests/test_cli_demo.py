@@ -44,7 +44,7 @@ def test_demo_shows_question_expected_answer_and_cost(desk: Desk, examples: Path
 
 def test_demo_says_so_where_the_method_needs_no_retriever(desk: Desk, examples: Path) -> None:
     shown = run_cli("demo", "--examples", examples, *desk.options, "--method", "mean_key").out
-    assert "needs no training" in shown and "untrained" not in shown
+    assert "picked by mean_key, which is not trained" in shown and "untrained" not in shown
 
 
 def test_demo_reads_the_opening_or_the_whole_book(desk: Desk, examples: Path) -> None:
@@ -78,6 +78,11 @@ def test_demo_without_a_checkout_says_what_is_missing(examples: Path) -> None:
 def test_demo_refuses_a_broken_list_of_questions(examples: Path, broken: str) -> None:
     (examples / "questions.json").write_text(broken, encoding="utf-8")
     run_cli("demo", "--examples", examples).refused_in_one_line("questions.json", "Restore it")
+
+
+def test_demo_refuses_a_part_without_questions(examples: Path) -> None:
+    (examples / "questions.json").write_text(json.dumps({**CONTENT, "book_questions": []}), encoding="utf-8")
+    run_cli("demo", "--examples", examples, "--book").refused_in_one_line("no questions")
 
 
 def test_demo_refuses_a_missing_book(examples: Path) -> None:

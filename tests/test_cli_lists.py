@@ -84,7 +84,7 @@ def test_retriever_info_shows_the_card(tmp_path: Path) -> None:
     assert found["backbone"] == {"model_type": "llama"}
     assert found["weights_bytes"] == (folder / "retriever.safetensors").stat().st_size
     shown = run_cli("retriever", "info", folder).out
-    assert "details.recall.8K" in shown and "0.5" in shown
+    assert "name: tiny" in shown and "    8K: 0.5" in shown
 
 
 def test_retriever_info_refuses_what_is_none(tmp_path: Path) -> None:

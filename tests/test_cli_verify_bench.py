@@ -101,7 +101,12 @@ def test_bench_prints_ours_beside_dense(desk: Desk) -> None:
     assert sum("RetroLM" in line for line in lines) == 2
     assert sum("dense" in line for line in lines) == 1  # 200 tokens are over the limit
     assert sum(word.endswith("x") and word[0].isdigit() for line in lines for word in line) == 1
-    assert "bar" in outcome.err
+    assert "Equality check passed" in outcome.err and "Beyond" not in outcome.err
+
+
+def test_bench_marks_lengths_beyond_the_window(desk: Desk) -> None:
+    words = ["--lengths", "1100", "--repeats", "1", "--verify-tokens", "77", "--chunk-pages", "64"]
+    assert "window of 1,024 tokens" in run_cli("bench", *desk.options, *words).err
 
 
 def test_bench_refuses_a_speed_up_while_the_equality_check_is_red(

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.padding import Padding
+from rich.text import Text
 
 from .options import JsonFlag
-from .screen import print_json, show_table, size
+from .screen import OUT, print_json, size
 
 PathArgument = Annotated[
     str, typer.Argument(metavar="PATH", help="Folder of a retriever, or the name of a shipped one.")
@@ -49,7 +51,7 @@ def info(
     num_bytes = found["weights_bytes"]
     found["rank"] = card.rank or "full"
     found["weights_bytes"] = "missing" if num_bytes is None else size(num_bytes)
-    show_table(("", ""), list(_flat(found)))
+    _show(found)
 
 
 @command.command("export")
@@ -72,12 +74,10 @@ def export(
     print(f"{folder}: {size(after)} with {bits} bits per weight (before: {size(before)})")
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested values as rows of (dotted key, text)."""
-    rows = []
+def _show(values: dict[str, Any], indent: int = 0) -> None:
+    """Print nested values on stdout, one per line, inner ones further in."""
     for key, value in values.items():
+        line = f"{key}:" if isinstance(value, dict) else f"{key}: {value}"
+        OUT.print(Padding(Text(line), (0, 0, 0, indent), expand=False))
         if isinstance(value, dict):
-            rows += _flat(value, f"{prefix}{key}.")
-        else:
-            rows.append((prefix + key, str(value)))
-    return rows
+            _show(value, indent + 2)
