@@ -28,15 +28,20 @@ class StopAfter:
     """Generation criterion: a row is done once its answer holds a stop string.
 
     Called with input_ids int64 [B, T], prompt included, after each token; returns bool [B]. One object per `generate`.
+
+    Args:
+        keep_spaces: let a stop string count before the first visible character too.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Any, stops: Sequence[str], keep_spaces: bool = False) -> None:
         self._tokenizer = tokenizer
         self._stops = stops
+        self._keep_spaces = keep_spaces
         self._width = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
         self._width = self._width or input_ids.shape[1] - 1
         texts = self._tokenizer.batch_decode(input_ids[:, self._width :], skip_special_tokens=True)
-        done = [any(stop in text.lstrip() for stop in self._stops) for text in texts]
+        texts = texts if self._keep_spaces else [text.lstrip() for text in texts]
+        done = [any(stop in text for stop in self._stops) for text in texts]
         return torch.tensor(done, device=input_ids.device)
