@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 import torch
@@ -67,7 +67,7 @@ def test_micro_batches(lengths: list[int], most: int) -> None:
     for group in groups:
         assert len({lengths[i] for i in group}) == 1
         assert len(group) == 1 or sum(lengths[i] for i in group) <= most
-    for first, second in zip(groups, groups[1:], strict=False):
+    for first, second in pairwise(groups):
         joined = [lengths[i] for i in (*first, second[0])]
         assert len(set(joined)) > 1 or sum(joined) > most  # nothing was split without need
 

@@ -18,7 +18,8 @@ from stage1_pool_maker import tiny_pool
 from stage1_run_maker import tiny_trainer
 from test_stage1_resume import ENVIRONMENT, WORKER, without_times
 
-SETTINGS = {"accumulate": 4, "num_steps": 4, "log_every": 1, "dev_every": 2, "dev_samples": 6}
+# A low rate: AdamW's first steps divide a gradient by itself, which blows up the rounding of the smallest ones.
+SETTINGS = {"lr": 1e-4, "accumulate": 4, "num_steps": 4, "log_every": 1, "dev_every": 2, "dev_samples": 6}
 
 
 def run_two(out: Path) -> str:

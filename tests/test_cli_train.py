@@ -1,0 +1,142 @@
+"""`retrolm data stage1`, `train stage1` and `retriever export`, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cli_runner import Desk, Outcome, run_cli
+from retrolm.cli.train import parse_overrides, row_text
+from retrolm.engine.model import RetroLM
+from retrolm.errors import UserError
+from stage1_pool_maker import write_corpus
+
+RECIPE = """
+[data]
+min_tokens = 100
+max_tokens = 400
+length_group = 2
+max_passage_tokens = 60
+dev_fraction = 0.15
+weights = {{ wiki = 2, chat = 1, facts = 1 }}
+[[data.sources]]
+name = "pairs"
+path = "pairs"
+format = "pooled"
+[[data.sources]]
+name = "library"
+path = "library"
+format = "documents"
+[train]
+model = {model}
+dtype = "float32"
+page_size = 32
+rank = 2
+num_steps = 4
+tokens_per_batch = 800
+log_every = 2
+dev_every = 4
+dev_samples = 4
+num_workers = 0
+"""
+
+
+@pytest.fixture(scope="module")
+def bench(desk: Desk, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe and a corpus."""
+    folder = tmp_path_factory.mktemp("bench")
+    write_corpus(folder / "corpus", num_passages=60)
+    (folder / "recipe.toml").write_text(RECIPE.format(model=json.dumps(str(desk.model))))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(bench: Path) -> Outcome:
+    """One run that prepares its pool itself."""
+    return train(bench, "run", "--data-root", bench / "corpus")
+
+
+def train(bench: Path, out: str, *options: object) -> Outcome:
+    return run_cli("train", "stage1", bench / "recipe.toml", "--pool", bench / "pool", "--out", bench / out, *options)
+
+
+def test_data_stage1(bench: Path) -> None:
+    words = ["data", "stage1", bench / "recipe.toml", "--data-root", bench / "corpus", "--out", bench / "own pool"]
+    done = run_cli(*words)
+    assert done.code == 0 and "pairs" in done.out and "questions" in done.err
+    run_cli(*words).refused_in_one_line("holds a pool already")
+    words[-1] = bench / "third pool"
+    manifest = run_cli(*words, "--json").json
+    assert manifest["num_books"] == 6 and manifest["num_questions"]["train"]["wiki"] > 10
+    words = ["data", "stage1", bench / "recipe.toml", "--data-root", bench / "nowhere", "--out", bench / "x"]
+    failed = run_cli(*words)
+    assert failed.code == 2 and "nowhere" in failed.err.splitlines()[-1]
+
+
+def test_train_stage1(bench: Path, trained: Outcome, desk: Desk) -> None:
+    assert trained.code == 0, trained
+    assert trained.out.startswith("Trained: 4 steps,") and str(bench / "run" / "retriever") in trained.out
+    assert "step 2: loss " in trained.err and "tokens/s" in trained.err and "dev recall@8" in trained.err
+    lm = RetroLM.from_pretrained(desk.model, retriever=bench / "run" / "retriever", kv_budget=128, page_size=32)
+    assert lm.retriever is not None and lm.retriever_name == "model-stage1"
+    details = lm.retriever.card.details
+    assert details["step"] == 4 and details["recipe"]["train"]["model"] == "model"
+    assert details["data"]["licences"] == {"pairs": "not stated", "library": "not stated"}
+
+
+def test_stop_and_resume(bench: Path, trained: Outcome) -> None:
+    assert "Go on with --resume" in train(bench, "parts", "--stop-after", "0.000001").out
+    train(bench, "parts").refused_in_one_line("holds the checkpoint of another run", "--resume")
+    train(bench, "parts", "--resume", "--set", "rank=3").refused_in_one_line("train.rank was 2 and is now 3")
+    assert train(bench, "parts", "--resume").code == 0
+    files = [bench / name / "retriever" / "retriever.safetensors" for name in ("run", "parts")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--set", "rnak=3"], ["'rnak'", "Did you mean 'rank'"]),
+        (["--set", "rank"], ["key=value"]),
+        (["--set", "lr=fast"], ["lr must be a number, got 'fast'"]),
+        (["--set", "lr=0.1", "--set", "lr=0.2"], ["--set lr is given twice"]),
+        (["--stop-after", "-1"], ["--stop-after"]),
+        (["--set", "model=nowhere"], ["Unknown model 'nowhere'"]),
+        (["--tracker", "notepad"], ["notepad"]),
+    ],
+)
+def test_wrong_options_are_refused(options: list[str], parts: list[str], bench: Path, trained: Outcome) -> None:
+    train(bench, "refused", *options).refused_in_one_line(*parts)
+    assert not (bench / "refused").exists()
+
+
+def test_a_pool_is_needed(bench: Path) -> None:
+    words = ["train", "stage1", bench / "recipe.toml", "--pool", bench / "missing", "--out", bench / "refused"]
+    run_cli(*words).refused_in_one_line("is no prepared pool", "retrolm data stage1")
+
+
+def test_export(bench: Path, trained: Outcome) -> None:
+    source = bench / "run" / "retriever"
+    done = run_cli("retriever", "export", source, "--out", bench / "small", "--bits", "8", "--json")
+    assert done.json["bytes"] < done.json["bytes_before"] and done.json["bits"] == 8
+    assert run_cli("retriever", "info", bench / "small", "--json").json["details"]["bits"] == 8
+    assert "16 bits per weight" in run_cli("retriever", "export", source, "--out", bench / "half", "--bits", "16").out
+    run_cli("retriever", "export", source, "--out", bench / "odd", "--bits", "7").refused_in_one_line("bits=7", "8, 16")
+    run_cli("retriever", "export", source, "--out", source).refused_in_one_line("is the retriever itself")
+
+
+def test_overrides_are_read_as_toml() -> None:
+    pairs = ["lr=1e-3", "num-steps=7", "calibrate=false", "model=a/b", 'dtype="float32"', "init_from="]
+    assert parse_overrides(pairs) == {
+        "lr": 1e-3, "num_steps": 7, "calibrate": False, "model": "a/b", "dtype": "float32", "init_from": "",
+    }  # fmt: skip
+    with pytest.raises(UserError, match="key=value"):
+        parse_overrides(["=3"])
+
+
+def test_row_text() -> None:
+    row = {"step": 5, "loss": 1.5, "recall8": None, "tokens_per_s": 12345, "peak_device_bytes": 3_500_000_000}
+    assert row_text(row) == "step 5: loss 1.500 · recall@8 - · 12,345 tokens/s · peak 3.50 GB"
+    assert "best layer 0.90" in row_text({"step": 5, "dev_recall": {"mean": 0.5, "best": 0.9}})
