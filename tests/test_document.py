@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -9,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import StoppingCriteria
 
 from retrolm.config import RetroConfig
@@ -78,7 +82,11 @@ def test_any_page_size(page_size: int, prefix_page: bool) -> None:
     lm = make(page_size=page_size, prefix_page=prefix_page)
     document = lm.read(story(300))
     answer = document.ask(QUESTION, max_new_tokens=10, do_sample=False)
+    assert lm.format is not None
+    assert all_ids(document) == [*lm.format.prefix_ids, *encode(lm, story(300))]
     assert list(answer.token_ids) == stock_answer(lm, all_ids(document) + lm.question_ids(QUESTION), 10)
+    ends = document.table.lengths.cumsum(0).tolist()
+    assert [span == (0, 0) for span in document.page_spans] == [end <= len(lm.format.prefix_ids) for end in ends]
 
 
 def test_raw_question_is_taken_as_it_is() -> None:
@@ -263,6 +271,33 @@ def test_token_ids_and_files_can_be_read(tmp_path: Path) -> None:
     assert documents[2].page_text(3) == documents[1].page_text(3)
 
 
+@settings(max_examples=40, deadline=None)
+@given(text=st.text(min_size=1, max_size=60), prefix_page=st.booleans())
+def test_any_text_can_be_read(text: str, prefix_page: bool) -> None:
+    """Spans cover the text; a character of several tokens may belong to two pages."""
+    lm = make(prefix_page=prefix_page)
+    try:
+        document = lm.read(text)
+    except UserError:
+        assert not text.strip()
+        return
+    finally:
+        lm.detach()
+    spans = [span for span in document.page_spans if span[1]]
+    assert spans[0][0] == 0 and spans[-1][1] == len(text)
+    assert all(right[0] <= left[1] <= right[0] + 1 for left, right in pairwise(spans))
+    assert lm.tokenizer.decode(all_ids(document)).endswith(text)
+
+
+@pytest.mark.parametrize(("page_size", "num_sink"), [(3, 3), (5, 2), (8, 1)])
+def test_holes_in_sink_pages_are_not_attended(page_size: int, num_sink: int) -> None:
+    """A prefix that ends inside a page leaves room behind it empty; the budget counts tokens, not room."""
+    lm = make(page_size=page_size, kv_budget=112)
+    document = lm.read(story(1200))
+    assert document.table.num_sink == num_sink
+    assert 112 - page_size < document.peak_attended <= 112
+
+
 def test_progress_counts_pages() -> None:
     seen: list[tuple[int, int]] = []
     lm = make()
@@ -282,6 +317,21 @@ def test_stream_yields_the_answer(retrieve_every: int) -> None:
     pieces = list(document.stream("Who?", max_new_tokens=15, do_sample=False))
     answer = document.ask("Who?", max_new_tokens=15, do_sample=False)
     assert len(pieces) > 1 and "".join(pieces).strip() == answer.text
+
+
+def test_closing_a_stream_stops_generating() -> None:
+    lm = make()
+    document = lm.read(story(200))
+    used = document.encoder.parts.store.num_used
+    stream = document.stream("Who?", max_new_tokens=300, do_sample=False, eos_token_id=None)
+    next(stream)
+    started = time.perf_counter()
+    stream.close()  # type: ignore[attr-defined]
+    stopped = time.perf_counter() - started
+    assert document.encoder.parts.store.num_used == used and threading.active_count() == 1
+    started = time.perf_counter()
+    document.ask("Who?", max_new_tokens=300, do_sample=False, eos_token_id=None)
+    assert stopped < (time.perf_counter() - started) / 2
 
 
 def test_errors_of_a_stream_reach_the_reader() -> None:
@@ -366,6 +416,11 @@ def test_closed_documents_say_so() -> None:
         with pytest.raises(UserError, match="closed"):
             ask("Who?")
     assert two.ask("Who?", max_new_tokens=4, do_sample=False).token_ids == expected
+
+
+def test_a_question_has_one_answer() -> None:
+    with pytest.raises(UserError, match="num_return_sequences"):
+        make().read(story(50)).ask("Who?", do_sample=True, num_return_sequences=2)
 
 
 def test_no_questions_no_answers() -> None:

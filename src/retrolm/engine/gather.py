@@ -21,14 +21,14 @@ class SetLayout:
 
     Attributes:
         span: the part of the gathered row [0, S*W) that holds tokens.
-        positions_nL: compact positions, [n or 1, L]. valid_nL: which exist.
+        valid_nL: which places hold tokens, bool [n or 1, L]. num_tokens: most tokens of any row.
         cos_q, sin_q [n or 1, Q, 1, R]; cos_k, sin_k [n or 1, L, 1, R]: RoPE of queries and keys.
         bias_nQL: additive mask, or None where plain lower-right causal masking says it all.
     """
 
     span: slice
-    positions_nL: Tensor
     valid_nL: Tensor
+    num_tokens: int
     cos_q: Tensor
     sin_q: Tensor
     cos_k: Tensor
@@ -79,9 +79,9 @@ def lay_out(
         # Rows of padded queries may attend the first token, so that no softmax is empty.
         allowed |= ~allowed.any(-1, keepdim=True) & (torch.arange(allowed.shape[-1]) == 0)
         bias = bias_from(allowed.to(device), dtype)
-    return SetLayout(
-        span, positions, valid, cos_q[:, :, None], sin_q[:, :, None], cos_k[:, :, None], sin_k[:, :, None], bias
-    )
+    num_tokens = int(valid.sum(1).max())
+    tables = (x[:, :, None] for x in (cos_q, sin_q, cos_k, sin_k))
+    return SetLayout(span, valid, num_tokens, *tables, bias)
 
 
 def _span(valid_nL: Tensor) -> slice:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import torch
@@ -53,9 +54,10 @@ class GenerateOptions:
         self._check()
         found = self._value("eos_token_id") if self._given("eos_token_id") else list(eos_ids)
         self.eos_ids = tuple(found) if isinstance(found, list) else () if found is None else (int(found),)
-        beams, sequences = (int(self._value(name) or 1) for name in ("num_beams", "num_return_sequences"))
+        beams = int(self._value("num_beams") or 1)
+        self.num_return_sequences = int(self._value("num_return_sequences") or 1)
         self.max_new_tokens = int(self._value("max_new_tokens") or _MAX_NEW_TOKENS)
-        self.num_sequences = max(beams, sequences)
+        self.num_sequences = max(beams, self.num_return_sequences)
         self.keeps_rows = beams == 1
         own_pad = self._options.pop("pad_token_id", None)
         self.pad_id = pad_id if own_pad is None else int(own_pad)
@@ -132,6 +134,16 @@ class StopNote(StoppingCriteria):
         self.lengths = self.lengths or [0] * rows
         self.lengths = [at or length * held for at, held in zip(self.lengths, done.tolist(), strict=True)]
         return done
+
+
+class StopWhen(StoppingCriteria):
+    """Stops all rows once an event is set."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self._event = event
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), self._event.is_set(), device=input_ids.device)
 
 
 class OneStream(BaseStreamer):

@@ -23,7 +23,7 @@ from .backbone import Backbone, check_family
 from .chunk import Chunk
 from .document import Document, Past
 from .encoder import Encoder, PagedText, Progress
-from .generate_options import GenerateOptions
+from .generate_options import GenerateOptions, StopWhen
 from .generation import Generator, Query
 from .pipeline import RetroLMPipeline
 from .prefill import LayerChoice, PrefillParts
@@ -163,9 +163,10 @@ class RetroLM:
         if not sources:
             raise UserError("Nothing to read: the list of texts is empty.")
         inputs = [self._tokenise(source) for source in sources]
-        prefix = list(self.format.prefix_ids) if self.format and self.config.prefix_page else []
+        head = list(self.format.prefix_ids) if self.format else []
+        prefix, joined = (head, []) if self.config.prefix_page else ([], head)
         started = time.perf_counter()
-        pages = [self._cut(prefix, ids) for _, ids, _ in inputs]
+        pages = [self._cut(prefix, joined + ids) for _, ids, _ in inputs]
         store = self._new_store(sum(map(len, pages)))
         texts = [self._paged(store, cut, len(page_lengths(len(prefix), self.config.page_size))) for cut in pages]
         encoder = self._encoder(store)
@@ -230,7 +231,7 @@ class RetroLM:
         spans, at = [], -num_prefix
         for page in paged.pages:
             stop = at + len(page)
-            spans.append((offsets[at][0], offsets[stop - 1][1]) if at >= 0 else (0, 0))
+            spans.append((offsets[max(at, 0)][0], offsets[stop - 1][1]) if stop > 0 else (0, 0))
             at = stop
         return spans
 
@@ -271,7 +272,7 @@ class RetroLM:
         A question given as token ids is taken as it stands, up to where the answer begins. Documents that were read
         together are answered in one batch; others one after the other.
         """
-        checked = self._options(options, self.eos_ids)
+        checked = self._answer_options(options)
         for document, _ in pairs:
             document.require_open()
         groups: dict[int, list[int]] = {}
@@ -301,7 +302,7 @@ class RetroLM:
         """One turn of a conversation, and what is past for the next one: the turn has become pages."""
         encoder = document.encoder
         query = Query(past.table, self.question_ids(question, raw, follow_up=len(past.turn_ids) > 0), past.token_ids)
-        checked = self._options(options, self.eos_ids)
+        checked = self._answer_options(options)
         (held,) = Generator(encoder).run([query], max_new_tokens, checked)
         lengths = page_lengths(len(query.tokens), self.config.page_size)
         table = query.table.extended(held[-len(lengths) :], torch.tensor(lengths))
@@ -325,9 +326,13 @@ class RetroLM:
     def stream(
         self, document: Document, question: str, *, max_new_tokens: int, raw: bool = False, **options: Any
     ) -> Iterator[str]:
-        """Yield the answer's text as it is generated; errors of the generating thread are raised here."""
+        """Yield the answer's text as it is generated; errors of the generating thread are raised here.
+
+        Generation stops when the iterator is closed.
+        """
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        failed: list[BaseException] = []
+        stop, failed = threading.Event(), list[BaseException]()
+        options["stopping_criteria"] = [*(options.get("stopping_criteria") or []), StopWhen(stop)]
 
         def work() -> None:
             try:
@@ -340,8 +345,11 @@ class RetroLM:
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
-        yield from streamer
-        thread.join()
+        try:
+            yield from streamer
+        finally:
+            stop.set()
+            thread.join()
         if failed:
             raise failed[0]
 
@@ -428,6 +436,12 @@ class RetroLM:
         if raw or follow_up:
             return self.format.question_ids(question, follow_up)
         return self.format.question_ids(QUESTION_TEMPLATE.format(question=question))
+
+    def _answer_options(self, options: dict[str, Any]) -> GenerateOptions:
+        checked = self._options(options, self.eos_ids)
+        if checked.num_return_sequences > 1:
+            raise UserError("A question has one answer: leave out num_return_sequences, or use generate(input_ids).")
+        return checked
 
     def _options(self, options: dict[str, Any], eos_ids: tuple[int, ...]) -> GenerateOptions:
         return GenerateOptions(self.model, options, eos_ids, self.pad_id, self.tokenizer)

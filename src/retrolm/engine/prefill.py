@@ -330,7 +330,7 @@ class PrefillProgram:
 
     def _account(self, layer: int, layout: SetLayout) -> None:
         if self.parts.backbone.retrieves(layer):
-            self.peak_attended = max(self.peak_attended, layout.positions_nL.shape[1])
+            self.peak_attended = max(self.peak_attended, layout.num_tokens)
 
     def _keep(
         self,
@@ -345,7 +345,7 @@ class PrefillProgram:
         capture.keys.append(k_nLKD[0, valid])
         capture.values.append(v_nLKD[0, valid])
         ordinals = picked[0][picked[0] >= 0].cpu()
-        capture.choices.append(LayerChoice(ordinals, None if scores is None else scores[0].cpu(), int(valid.sum())))
+        capture.choices.append(LayerChoice(ordinals, None if scores is None else scores[0].cpu(), layout.num_tokens))
 
 
 def _take(pages: PageTensors, where: slice) -> PageTensors:
