@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from ..engine.model import RetroLM
 from ..errors import UserError
 from .plain_prompts import PlainPrompts
@@ -59,7 +61,7 @@ class HarnessModel:
             method="recency" if full else method,
             retriever=None if full or retriever == "none" else retriever,
             dtype=dtype,
-            device_map=device,
+            device_map=_device(device),
             **options,
         )
         self.tokenizer = lm.tokenizer
@@ -110,6 +112,11 @@ class HarnessModel:
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each whole text."""
         return [self._prompts.log_likelihood_rolling(request.args[0]) for request in requests]
+
+
+def _device(name: str | None) -> str | None:
+    """The device to load on; lm-eval names "cuda" of its own accord, on machines without a GPU too."""
+    return None if name is None or (name.startswith("cuda") and not torch.cuda.is_available()) else name
 
 
 def _limits(settings: dict[str, Any]) -> tuple[int, tuple[str, ...]]:
