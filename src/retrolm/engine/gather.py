@@ -80,8 +80,8 @@ def lay_out(
         allowed |= ~allowed.any(-1, keepdim=True) & (torch.arange(allowed.shape[-1]) == 0)
         bias = bias_from(allowed.to(device), dtype)
     num_tokens = int(valid.sum(1).max())
-    tables = (x[:, :, None] for x in (cos_q, sin_q, cos_k, sin_k))
-    return SetLayout(span, valid, num_tokens, *tables, bias)
+    cos_q, sin_q, cos_k, sin_k = (x[:, :, None] for x in (cos_q, sin_q, cos_k, sin_k))
+    return SetLayout(span, valid, num_tokens, cos_q, sin_q, cos_k, sin_k, bias)
 
 
 def _span(valid_nL: Tensor) -> slice:
