@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker
 
 from retrolm.config import RetroConfig
 from retrolm.engine.dense_pass import dense_pass
@@ -16,7 +17,8 @@ from retrolm.engine.page_attention import PageAttention
 from retrolm.engine.page_batch import page_batch
 from retrolm.errors import UserError
 from retrolm.training.stage1.step import Stage1Step
-from retrolm.training.stage1.trainer import first_retriever, learning_rate
+from retrolm.training.stage1.trainer import Stage1Trainer, first_retriever, learning_rate
+from stage1_pool_maker import tiny_pool
 from stage1_run_maker import W, tiny_backbone, tiny_batch, tiny_recipe, tiny_trainer
 from test_against_naive import random_retriever
 from tiny_models import random_ids, tiny_model
@@ -109,6 +111,43 @@ def test_learning_rate() -> None:
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0
     assert rates[10:] == sorted(rates[10:], reverse=True) and 0.05 <= rates[-1] < 0.06
     assert [learning_rate(step, 1, 0.0, 0.0) for step in range(1)] == [1.0]
+
+
+class Notebook(GeneralTracker):
+    """A tracker of accelerate that keeps what it is told."""
+
+    name = "notebook"
+    requires_logging_directory = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings: dict[str, Any] = {}
+        self.rows: dict[int, dict[str, Any]] = {}
+        self.finished = False
+
+    @property
+    def tracker(self) -> dict[int, dict[str, Any]]:
+        return self.rows
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self.settings = values
+
+    def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+        self.rows.setdefault(step or 0, {}).update(values)
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+def test_trackers_get_settings_and_rows(tmp_path: Path) -> None:
+    notebook = Notebook()
+    recipe = tiny_recipe(num_steps=2, dev_every=2)
+    trainer = Stage1Trainer(recipe, tiny_backbone(), tiny_pool(), tmp_path, trackers=[notebook])
+    assert trainer.run()
+    assert notebook.settings["train.lr"] == recipe.train.lr and notebook.finished
+    assert {"loss", "recall8", "tokens_per_s", "dev_recall.mean"} <= notebook.rows[2].keys()
+    with pytest.raises(UserError, match="notepad"):
+        Stage1Trainer(recipe, tiny_backbone(), tiny_pool(), tmp_path, trackers=["notepad"])
 
 
 def test_a_run_goes_on_from_a_retriever(tmp_path: Path) -> None:
