@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cli_runner import Desk, run_cli
+from retrolm.engine.model import RetroLM
 from tiny_folder import write_story
 
 CONTENT = {
@@ -16,7 +17,7 @@ CONTENT = {
     "title": "The Ship",
     "author": "A. Hale",
     "opening_chars": 700,
-    "questions": [{"question": "What did the captain count?", "expected": "The lamps", "position": 0.1}],
+    "questions": [{"question": "What did the captain count?", "expected": "The lamps", "evidence": "the lamps"}],
     "book_questions": [
         {"question": "How many houses?", "expected": "12"},
         {"question": "Who wrote?", "expected": "Hale"},
@@ -40,6 +41,17 @@ def test_demo_shows_question_expected_answer_and_cost(desk: Desk, examples: Path
         assert part in outcome.out
     assert "untrained bookmarks" in outcome.out
     assert "the opening of The Ship by A. Hale" in outcome.err
+
+
+def test_demo_says_where_the_evidence_stands(desk: Desk, examples: Path) -> None:
+    answer = run_cli("demo", "--examples", examples, *desk.options, "--json").json["answers"][0]
+    everything = ["--kv-budget", "500"]
+    attended = run_cli("demo", "--examples", examples, *desk.options, *everything, "--json").json["answers"][0]
+    text = (examples / "book.txt").read_text(encoding="utf-8")
+    lm = RetroLM.from_pretrained(desk.model, kv_budget=96, page_size=16)
+    start, end = lm.read(text[:700]).page_spans[answer["evidence"]["page"]]
+    assert start <= text.index("the lamps") < end
+    assert attended["evidence"] == {**answer["evidence"], "num_layers": 3}
 
 
 def test_demo_says_so_where_the_method_needs_no_retriever(desk: Desk, examples: Path) -> None:

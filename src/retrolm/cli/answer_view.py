@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .screen import ERR, count, note, seconds, size, snippet
+from .passage import passage
+from .screen import ERR, count, note, seconds, size
 
 if TYPE_CHECKING:
     from ..engine.document import Document
@@ -48,12 +49,13 @@ def page_json(page: PageUse) -> dict[str, Any]:
     }
 
 
-def page_lines(answer: Answer, num_pages: int, width: int) -> list[str]:
-    """One line per page, best first: number, share of layers that chose it, how it begins."""
+def page_lines(question: str, answer: Answer, num_pages: int, width: int) -> list[str]:
+    """One line per page, best first: number, share of layers that chose it, its part nearest to the question."""
+    about = f"{question} {answer.text}"
     lines = []
     for page in answer.pages[:num_pages]:
         head = f"page {page.page:>4}  {page.score:>4.0%} of layers  "
-        lines.append(head + snippet(page.text, max(width - len(head), 20)))
+        lines.append(head + passage(page.text, about, max(width - len(head), 20)))
     return lines
 
 
@@ -99,9 +101,9 @@ def show_opening(document: Document, model: str) -> None:
     note(setup_line(document, model))
 
 
-def show_details(answer: Answer, num_pages: int) -> None:
+def show_details(question: str, answer: Answer, num_pages: int) -> None:
     """Print an answer's pages and cost on stderr."""
     stopped = ["stopped at --max-new-tokens"] if answer.truncated else []
-    lines = [*page_lines(answer, num_pages, ERR.width - INDENT), *stopped, *answer.notes, cost_line(answer)]
+    lines = [*page_lines(question, answer, num_pages, ERR.width - INDENT), *stopped, *answer.notes, cost_line(answer)]
     for line in lines:
         note(line, INDENT)

@@ -44,6 +44,6 @@ def command(
         if len(questions) > 1:
             note(f"\n{question}")
         print(answer.text, flush=True)
-        show_details(answer, pages)
+        show_details(question, answer, pages)
     if as_json:
         print_json(found[0] if len(found) == 1 else found)

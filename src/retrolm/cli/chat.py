@@ -53,7 +53,7 @@ def command(
             found = answer_json(document, question, answer, engine.model, pages)
             print(json.dumps(found, ensure_ascii=False), flush=True)
         else:
-            show_details(answer, pages)
+            show_details(question, answer, pages)
 
 
 def _reply(conversation: Conversation, question: str, max_new_tokens: int, shown: bool) -> Answer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from rich.text import Text
 from .answer_view import answer_json, cost_line, page_lines, read_line, setup_line, speed
 from .loading import check_questions, load_engine, read_document
 from .options import EngineOptions, JsonFlag, with_engine_options
+from .passage import passage
 from .pull import fetch_model
 from .screen import OUT, count, note, print_json, seconds, show_table, size, waiting
 
@@ -57,7 +59,7 @@ def command(
             answer = document.ask(asked.question, max_new_tokens=engine.max_new_tokens)
         answers.append(answer)
         if not as_json:
-            OUT.print(_panel(asked, answer, pages))
+            OUT.print(_panel(document, asked, answer, pages))
     if as_json:
         print_json(_as_json(example, document, answers, engine.model, pages))
     else:
@@ -73,16 +75,40 @@ def _fetch_if_missing(model: str) -> None:
         fetch_model(model)
 
 
-def _panel(asked: ExpectedAnswer, answer: Answer, num_pages: int) -> Panel:
+def _panel(document: Document, asked: ExpectedAnswer, answer: Answer, num_pages: int) -> Panel:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim")
     grid.add_column(overflow="fold")
     grid.add_row("expected", Text(asked.expected))
     grid.add_row("answer", Text(answer.text or "(nothing)", style="bold"))
-    lines = page_lines(answer, num_pages, OUT.width - LABELS)
+    lines = page_lines(asked.question, answer, num_pages, OUT.width - LABELS)
     grid.add_row("pages", Text("\n".join(lines), style="dim"))
+    evidence = _evidence(document, asked, answer)
+    if evidence is not None:
+        where = f"page {evidence.page:>4}  attended in {evidence.num_layers} of {evidence.all_layers} layers  "
+        quoted = passage(asked.evidence, asked.expected, OUT.width - LABELS - len(where))
+        grid.add_row("evidence", Text(where + quoted, style="dim"))
     grid.add_row("cost", Text(cost_line(answer), style="dim"))
     return Panel(grid, title=Text(asked.question), title_align="left")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Where the expected answer stands: its page, and how many layers attended it while answering."""
+
+    page: int
+    num_layers: int
+    all_layers: int
+
+
+def _evidence(document: Document, asked: ExpectedAnswer, answer: Answer) -> Evidence | None:
+    """Find the quoted evidence in the document; None where there is no quotation, or it isn't in what was read."""
+    at = (document.text or "").find(asked.evidence) if asked.evidence else -1
+    if at < 0:
+        return None
+    page = next(number for number, (_, end) in enumerate(document.page_spans) if at < end)
+    chosen = answer.retrieval.page_ids
+    return Evidence(page, int((chosen == page).any(1).sum()), len(chosen))
 
 
 def _close(document: Document, answers: list[Answer], model: str) -> None:
@@ -114,10 +140,11 @@ def _picked_by(lm: RetroLM) -> str:
 
 
 def _as_json(example: Example, document: Document, answers: list[Answer], model: str, num_pages: int) -> dict[str, Any]:
-    found = [
-        {"expected": asked.expected, **answer_json(document, asked.question, answer, model, num_pages)}
-        for asked, answer in zip(example.questions, answers, strict=True)
-    ]
+    found = []
+    for asked, answer in zip(example.questions, answers, strict=True):
+        evidence = _evidence(document, asked, answer)
+        facts = {"expected": asked.expected, "evidence": None if evidence is None else asdict(evidence)}
+        found.append({**facts, **answer_json(document, asked.question, answer, model, num_pages)})
     return {
         "title": example.title,
         "author": example.author,

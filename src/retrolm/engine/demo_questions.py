@@ -16,10 +16,11 @@ QUESTIONS_FILE = "questions.json"
 
 @dataclass(frozen=True)
 class ExpectedAnswer:
-    """A question and the answer that was written down beforehand."""
+    """A question and the answer that was written down beforehand; `evidence` quotes the text, where it is known."""
 
     question: str
     expected: str
+    evidence: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,4 +63,7 @@ def load_example(folder: Path, whole_book: bool) -> Example:
 
 
 def _questions(entries: list[dict[str, Any]]) -> tuple[ExpectedAnswer, ...]:
-    return tuple(ExpectedAnswer(str(entry["question"]), str(entry["expected"])) for entry in entries)
+    return tuple(
+        ExpectedAnswer(str(entry["question"]), str(entry["expected"]), str(entry.get("evidence", "")))
+        for entry in entries
+    )
