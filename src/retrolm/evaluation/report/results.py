@@ -9,13 +9,12 @@ from typing import Any
 
 from ...errors import UserError
 from ..journal import read_lines
+from ..readers import FULL
 from ..retrieval.run import RECALL_FILE
 from ..rows import cells_of
 from ..runner import SAMPLES_FILE
 from ..tasks import GROUPS
 from ..variants import UNTRAINED
-
-FULL = "full"
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..averages import by_bucket, group_average, mean
+from ..readers import FULL
 from ..statistics import average_interval, paired_difference
 from ..tasks import GROUPS
-from .results import FULL, Column, Results, column_of, complete_groups
+from .results import Column, Results, column_of, complete_groups
 
 MISSING = "–"  # noqa: RUF001
 BEYOND = "*"
