@@ -163,8 +163,7 @@ class RetroLM:
         if not sources:
             raise UserError("Nothing to read: the list of texts is empty.")
         inputs = [self._tokenise(source) for source in sources]
-        head = list(self.format.prefix_ids) if self.format else []
-        prefix, joined = (head, []) if self.config.prefix_page else ([], head)
+        prefix, joined = self.split_head()
         started = time.perf_counter()
         pages = [self._cut(prefix, joined + ids) for _, ids, _ in inputs]
         store = self._new_store(sum(map(len, pages)))
@@ -213,6 +212,11 @@ class RetroLM:
             raise UserError(
                 f"Token id {outside[0]} is outside the model's vocabulary of {size}. Is it another tokenizer's?"
             )
+
+    def split_head(self) -> tuple[list[int], list[int]]:
+        """What stands before every text: ids with pages of their own, and ids joined to the text."""
+        head = list(self.format.prefix_ids) if self.format else []
+        return (head, []) if self.config.prefix_page else ([], head)
 
     def _cut(self, prefix: list[int], ids: list[int]) -> list[list[int]]:
         """Token ids by page: prefix pages broken off before the text (the attention sink), then the text."""

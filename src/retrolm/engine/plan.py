@@ -84,10 +84,10 @@ def plan(lm: RetroLM, num_text_tokens: int, question: str, before: Surroundings)
     Args:
         before: memory before `lm` was loaded (`look_around`).
     """
-    trial = _Trial(lm, num_text_tokens)
-    num_prefix = trial.table.num_tokens - trial.num_text_tokens
-    size = lm.config.page_size
-    num_pages = len(page_lengths(num_prefix, size)) + len(page_lengths(num_text_tokens, size))
+    prefix, joined = lm.split_head()
+    num_own, size = len(joined) + num_text_tokens, lm.config.page_size
+    num_pages = len(page_lengths(len(prefix), size)) + len(page_lengths(num_own, size))
+    trial = _Trial(lm, prefix, num_own)
     kv = _kv_bytes(trial.store.layout, num_pages, lm.config.device_kv_bytes)
     trial.run(question)
     weights, on_gpu = tensor_bytes(lm.model), lm.device.type == "cuda"
@@ -95,7 +95,7 @@ def plan(lm: RetroLM, num_text_tokens: int, question: str, before: Surroundings)
     host = rest + (kv.host if on_gpu else kv.host + kv.device)
     working_device = trial.memory.device_peak_bytes - trial.memory.device_start_bytes
     return Plan(
-        num_tokens=num_prefix + num_text_tokens,
+        num_tokens=len(prefix) + num_own,
         num_pages=num_pages,
         kv_bytes=kv,
         weights_bytes=weights,
@@ -105,7 +105,7 @@ def plan(lm: RetroLM, num_text_tokens: int, question: str, before: Surroundings)
         device_bytes=weights + kv.device + working_device if on_gpu else 0,
         free_host_bytes=before.free_host_bytes,
         free_device_bytes=before.free_device_bytes,
-        read_s=(num_prefix + num_text_tokens) * trial.s_per_token,
+        read_s=(len(prefix) + num_own) * trial.s_per_token,
         ttft_s=trial.ttft_s,
         tpot_s=trial.tpot_s,
     )
@@ -114,11 +114,10 @@ def plan(lm: RetroLM, num_text_tokens: int, question: str, before: Surroundings)
 class _Trial:
     """One steady-state chunk and one answer behind it, on pages that were never written: numbers don't matter here."""
 
-    def __init__(self, lm: RetroLM, num_text_tokens: int) -> None:
+    def __init__(self, lm: RetroLM, prefix: list[int], num_own_tokens: int) -> None:
         config, size = lm.config, lm.config.page_size
-        self.num_text_tokens = min(num_text_tokens, config.kv_budget + config.chunk_pages * size)
-        prefix = list(lm.format.prefix_ids) if lm.format and config.prefix_page else []
-        self.pages = lm._cut(prefix, [lm.pad_id] * self.num_text_tokens)
+        steady = config.kv_budget + config.chunk_pages * size
+        self.pages = lm._cut(prefix, [lm.pad_id] * min(num_own_tokens, steady))
         self.store: PageStore = lm._new_store(len(self.pages))
         self.table: PageTable = lm._paged(self.store, self.pages, len(page_lengths(len(prefix), size))).table
         self.memory = PeakMemory([info.device for info in lm.backbone.layers])

@@ -16,9 +16,9 @@ from .model import RetroLM
 def check_questions(lm: RetroLM, num_text_tokens: int, questions: Sequence[str]) -> None:
     """Raise `UserError` for an empty question, or one that leaves no room for a text of that many tokens."""
     size = lm.config.page_size
-    prefix = lm.format.prefix_ids if lm.format and lm.config.prefix_page else ()
+    prefix, joined = lm.split_head()
     sinks = page_lengths(len(prefix), size)
-    lengths = torch.tensor([*sinks, *page_lengths(num_text_tokens, size)])
+    lengths = torch.tensor([*sinks, *page_lengths(len(joined) + num_text_tokens, size)])
     table = PageTable(torch.arange(len(lengths)), lengths, max(len(sinks), 1), size)
     for question in questions:
         tokens = lm.question_ids(question)
