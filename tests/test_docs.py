@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import random_ids, tiny_model
 
 from retrolm.config import RetroConfig
 from retrolm.engine.model import RetroLM
 from retrolm.methods import METHODS
+from tiny_models import random_ids, tiny_model
 
 DOCS = Path(__file__).parent.parent / "docs"
 

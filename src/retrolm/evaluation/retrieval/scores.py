@@ -13,9 +13,9 @@ from torch import Tensor
 from ...engine.bookmark_stream import bookmark_stream, page_scores
 from ...engine.dense_pass import dense_pass
 from ...engine.model import RetroLM
+from ...engine.page_attention import PageAttention
 from ...engine.page_batch import PageBatch
 from ...methods import METHODS, PageTensors
-from ...ops.rotary import rotate
 from ...retriever import PageRetriever
 
 TRAINING_FREE = ("mean_key", "quest_pages", "random", "recency")
@@ -35,15 +35,17 @@ def score_pages(lm: RetroLM, batch: PageBatch, retrievers: Mapping[str, PageRetr
         attention mass on each page, mean over heads and question tokens (the oracle).
     """
     batch = batch.to(lm.device)
-    found: dict[str, list[Tensor]] = {name: [] for name in (*TRAINING_FREE, ORACLE)}
+    found: dict[str, list[Tensor]] = {name: [] for name in TRAINING_FREE}
+    attention = PageAttention(lm.backbone, batch, range(lm.backbone.num_layers))
 
     def observe(layer: int, q_BTHD: Tensor, k_BTKD: Tensor) -> None:
         for name in TRAINING_FREE:
             found[name].append(_index_scores(name, layer, batch, q_BTHD[0], k_BTKD[0]))
-        found[ORACLE].append(_attention_mass(lm, layer, batch, q_BTHD[0], k_BTKD[0]))
+        attention(layer, q_BTHD, k_BTKD)
 
     dense = dense_pass(lm.backbone, lm.attachment, batch, observe)
     scores = {name: torch.stack(rows) for name, rows in found.items()}
+    scores[ORACLE] = torch.stack([attention.mass[layer][0] for layer in range(lm.backbone.num_layers)])
     for name, retriever in {UNTRAINED: None, **retrievers}.items():
         bookmark = lm.untrained_bookmark() if retriever is None else retriever.embedding
         states = bookmark_stream(lm.backbone, lm.attachment, retriever, bookmark, batch, dense)
@@ -65,25 +67,3 @@ def _page_tensors(layer: int, q_THD: Tensor, k_TKD: Tensor, starts: Tensor, leng
     rows = rows.clamp(max=len(q_THD) - 1)
     ordinals = first + torch.arange(len(starts), device=starts.device)
     return PageTensors(layer, q_THD[rows], k_TKD[rows], lengths, ordinals)
-
-
-def _attention_mass(lm: RetroLM, layer: int, batch: PageBatch, q_THD: Tensor, k_TKD: Tensor) -> Tensor:
-    """Share of the question's attention that falls on each text page, [P]."""
-    start, length = int(batch.starts_BM[0, -1]), int(batch.lengths_BM[0, -1])
-    end = start + length
-    positions = torch.arange(end, device=q_THD.device)
-    cos, sin = lm.backbone.rope(layer).at(positions)
-    keys = rotate(k_TKD[:end], cos[:, None], sin[:, None]).float()
-    queries = rotate(q_THD[start:end], cos[start:, None], sin[start:, None]).float()
-    Q, H, D = queries.shape
-    K = keys.shape[1]
-    logits = torch.einsum("qkgd,tkd->kgqt", queries.reshape(Q, K, H // K, D), keys)
-    logits = logits * float(lm.backbone.layers[layer].attention.scaling)
-    logits = logits.masked_fill(positions > torch.arange(start, end, device=positions.device)[:, None], -torch.inf)
-    mass_T = logits.softmax(-1).mean((0, 1, 2))
-    page_of = torch.full((end,), batch.lengths_BM.shape[1] - 1, device=positions.device)
-    text = positions[batch.num_prefix : start]
-    page_of[batch.num_prefix : start] = (text - batch.num_prefix) // int(batch.lengths_BM[0, 0])
-    page_of[: batch.num_prefix] = batch.lengths_BM.shape[1] - 1
-    sums = mass_T.new_zeros(batch.lengths_BM.shape[1]).index_add(0, page_of, mass_T)
-    return sums[:-1]
