@@ -13,7 +13,8 @@ from naive_reference import NaiveOptions, NaivePage, NaiveRetroLM
 from retrolm.config import RetroConfig
 from retrolm.engine.model import RetroLM
 from retrolm.retriever import PageRetriever, RetrieverCard
-from tiny_models import EOS, exact_model, random_ids, wide_softmax
+from tiny_models import EOS, exact_model, random_ids, tiny_model, wide_softmax
+from tiny_tokenizer import STORY, tiny_tokenizer
 
 W = 8
 TOLERANCE = 3e-6  # stock norms compute in float32 even for a float64 model
@@ -111,6 +112,21 @@ def test_large_key_bias(score_rope: bool) -> None:
         for layer in lm.model.model.layers:
             layer.self_attn.k_proj.bias *= 30
     check_reading(lm, naive)
+
+
+def test_large_key_bias_does_not_blur_half_precision() -> None:
+    """A bfloat16 key of 200 has a spacing of 1; scores must come from what is left without the bias."""
+    scores = []
+    for dtype in (torch.float64, torch.bfloat16):
+        model = tiny_model("qwen2", vocab_size=600)
+        with torch.no_grad():
+            bias = model.model.layers[1].self_attn.k_proj.bias
+            bias.copy_(200.0 * bias.sign())
+        model = model.to(torch.bfloat16).to(dtype)
+        lm = RetroLM(model, tiny_tokenizer(), config=RetroConfig(kv_budget=96, page_size=W))
+        found = lm.read(STORY * 2).retrieve("Who counted the lamps?").scores[1]
+        scores.append(found - found.mean())
+    assert (scores[0] - scores[1]).abs().max() < 0.1 * scores[0].std()
 
 
 @pytest.mark.parametrize("rank", [None, 0, 4])

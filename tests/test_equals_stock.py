@@ -8,7 +8,7 @@ from torch import Tensor
 
 from retrolm.config import RetroConfig
 from retrolm.engine.model import RetroLM
-from tiny_models import MODELS, ORIGINAL, random_ids, stock_logits, tiny_model
+from tiny_models import LONGROPE, MODELS, ORIGINAL, random_ids, stock_logits, tiny_model
 
 W = 8
 
@@ -59,6 +59,13 @@ def test_float32(name: str) -> None:
 def test_half_precision_is_close(name: str) -> None:
     """Also attention factors that bfloat16 rounds are no reason to refuse a model."""
     assert difference(tiny_model(name, dtype=torch.bfloat16), random_ids(90), kv_budget=128, page_size=W) <= 0.5
+
+
+def test_long_longrope_set_holds_for_short_texts_too() -> None:
+    """The table begins shorter than the original window; what is read first must use the long factors already."""
+    rope = {**LONGROPE, "original_max_position_embeddings": 270}
+    model = tiny_model("phi3-longrope", original_max_position_embeddings=270, rope_parameters=rope)
+    assert difference(model, random_ids(290), kv_budget=296, page_size=W, chunk_pages=4) <= 1e-6
 
 
 def test_short_longrope_set() -> None:

@@ -44,7 +44,7 @@ _YARN = _rope("yarn", factor=4.0, original_max_position_embeddings=128, beta_fas
 _LLAMA3 = _rope(
     "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=ORIGINAL
 )
-_LONGROPE = _rope(
+LONGROPE = _rope(
     "longrope",
     short_factor=[1.0, 1.5, 2.0],
     long_factor=[2.0, 4.0, 8.0],
@@ -79,7 +79,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "qwen3": {"model_type": "qwen3", **_QWEN},
     "phi3": {"model_type": "phi3", **_PHI3, "rope_parameters": _rope("default", partial_rotary_factor=0.5)},
-    "phi3-longrope": {"model_type": "phi3", **_PHI3, "rope_parameters": _LONGROPE},
+    "phi3-longrope": {"model_type": "phi3", **_PHI3, "rope_parameters": LONGROPE},
     "gemma2": {
         "model_type": "gemma2",
         **_GEMMA,
@@ -235,7 +235,7 @@ FEATURES: dict[str, dict[str, Callable[[str, Any], Any]]] = {
     "phi3": {"partial rotary": _option(rope_parameters=_rope("default", partial_rotary_factor=1.0))},
     "phi3-longrope": {
         "longrope": _option(rope_parameters=_rope("default", partial_rotary_factor=0.5)),
-        "long factors": _option(rope_parameters={**_LONGROPE, "long_factor": _LONGROPE["short_factor"]}),
+        "long factors": _option(rope_parameters={**LONGROPE, "long_factor": LONGROPE["short_factor"]}),
     },
     "gemma2": {
         "attention softcap": _option(attn_logit_softcapping=None),
