@@ -10,26 +10,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextGenerationPipeline, TextIteratorStreamer
+from transformers import TextGenerationPipeline, TextIteratorStreamer
 
 from ..config import RetroConfig
-from ..errors import UserError, unknown
+from ..errors import UserError
 from ..methods import METHODS
 from ..paging import PageTable, page_lengths
 from ..retriever import PageRetriever, load_retriever
 from ..store import DigestIndex, PageLayout, PageStore, ResidentStore, TieredStore
+from .answers import build_answer, build_retrieval
 from .attachment import Attachment
-from .backbone import Backbone, check_family
+from .backbone import Backbone
 from .chunk import Chunk
 from .document import Document, Past
 from .encoder import Encoder, PagedText, Progress
 from .generate_options import GenerateOptions, StopWhen
 from .generation import Generator, Query
+from .loading import eos_ids, load_model, pad_id
 from .pipeline import RetroLMPipeline
-from .prefill import LayerChoice, PrefillParts
+from .prefill import PrefillParts
 from .prompts import QUESTION_TEMPLATE, PromptFormat, prompt_format
 from .pull import resolve_model
-from .results import Answer, PageUse, Retrieval, Timings
+from .results import Answer, Retrieval
 from .shipped import find_shipped, resolve_retriever
 from .text_files import read_text_file
 
@@ -74,8 +76,8 @@ class RetroLM:
             )
         self.attachment = Attachment(self.backbone)
         self.format: PromptFormat | None = None if tokenizer is None else prompt_format(tokenizer, chat)
-        self.eos_ids = _eos_ids(model.generation_config, self.backbone.config, tokenizer)
-        self.pad_id = _pad_id(tokenizer, self.eos_ids)
+        self.eos_ids = eos_ids(model.generation_config, self.backbone.config, tokenizer)
+        self.pad_id = pad_id(tokenizer, self.eos_ids)
         self._bookmark = self._bookmark_row()
         if retriever is not None:
             self.use_retriever(retriever)
@@ -110,7 +112,7 @@ class RetroLM:
         config = RetroConfig.from_options(options)
         METHODS.get(method)
         folder = resolve_model(str(model))
-        loaded, tokenizer = _load(folder, dtype, device_map, model_options or {})
+        loaded, tokenizer = load_model(folder, dtype, device_map, model_options or {})
         lm = cls(loaded, tokenizer, config=config, method=method, chat=chat)
         path = find_shipped(lm.backbone) if retriever == "auto" else retriever and resolve_retriever(str(retriever))
         if path is not None:
@@ -290,7 +292,7 @@ class RetroLM:
             for ids in Generator(encoder).run(queries, max_new_tokens, checked):
                 encoder.parts.store.release(ids)
             for i, (document, _), query in zip(members, part, queries, strict=True):
-                answers[i] = self._answer(document, query)
+                answers[i] = build_answer(document, query)
         return [answers[i] for i in range(len(pairs))]
 
     def turn(
@@ -319,7 +321,7 @@ class RetroLM:
         except BaseException:
             encoder.parts.store.release(held)
             raise
-        return self._answer(document, query), Past(table, [*token_ids, *rest], torch.cat([past.turn_ids, held]))
+        return build_answer(document, query), Past(table, [*token_ids, *rest], torch.cat([past.turn_ids, held]))
 
     def _unencoded(self, query: Query) -> list[int]:
         """Generated tokens that are not pages yet, without the end-of-sequence token (the next turn begins with it)."""
@@ -366,7 +368,7 @@ class RetroLM:
             encoded = encoder.encode(Chunk([encoder.query(document.table, ids, tokens)], len(tokens)))
         finally:
             encoder.parts.store.release(ids)
-        return self._retrieval(document, document.table, encoded.captures[0].choices)
+        return build_retrieval(document, document.table, encoded.captures[0].choices)
 
     def generate(
         self,
@@ -396,7 +398,7 @@ class RetroLM:
             raise UserError("Nothing to continue: a prompt has no tokens.")
         for ids in prompts:
             self._require_vocabulary(ids)
-        checked = self._options(options, _eos_ids(self.model.generation_config))
+        checked = self._options(options, eos_ids(self.model.generation_config))
         cut = [self._cut([], ids) for ids in prompts]
         store = self._new_store(sum(map(len, cut)))
         encoder = self._encoder(store)
@@ -450,56 +452,6 @@ class RetroLM:
     def _options(self, options: dict[str, Any], eos_ids: tuple[int, ...]) -> GenerateOptions:
         return GenerateOptions(self.model, options, eos_ids, self.pad_id, self.tokenizer)
 
-    # --- results --------------------------------------------------------------------------------------------
-
-    def _answer(self, document: Document, query: Query) -> Answer:
-        tokens = query.generated
-        stored = document.encoder.parts.store.bytes()
-        return Answer(
-            text=self.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
-            token_ids=tuple(tokens),
-            retrieval=self._retrieval(document, query.table, query.choices),
-            attended_tokens=self._attended(document, query),
-            max_position=query.max_position,
-            timings=Timings(document.prefill_s, query.ttft_s, query.tpot_s),
-            kv_bytes={"device": stored.device, "host": stored.host, "cache": query.cache_bytes},
-            truncated=not query.ended,
-        )
-
-    def _attended(self, document: Document, query: Query) -> dict[str, int]:
-        found = {"prefill": max(document.peak_attended, query.peak_prefill), "decode": query.peak_decode}
-        if document.encoder.kept_window:
-            so_far = query.table.num_tokens + len(query.tokens) + len(query.generated)
-            found["sliding"] = min(document.encoder.kept_window, so_far)
-        return found
-
-    def _retrieval(self, document: Document, table: PageTable, choices: list[LayerChoice]) -> Retrieval:
-        width = max(len(choice.ordinals) for choice in choices)
-        page_ids = torch.full((len(choices), width), -1)
-        scores = torch.full((len(choices), len(table)), torch.nan)
-        for layer, choice in enumerate(choices):
-            page_ids[layer, width - len(choice.ordinals) :] = choice.ordinals
-            if choice.scores is not None:
-                scores[layer, : len(choice.scores)] = choice.scores
-        return Retrieval(page_ids, scores, self._ranked(document, choices))
-
-    def _ranked(self, document: Document, choices: list[LayerChoice]) -> tuple[PageUse, ...]:
-        """Pages of the text by how many layers score them among their best; forced pages earn no vote."""
-        first = document.table.num_sink if self.format and self.format.prefix_ids and self.config.prefix_page else 0
-        votes: dict[int, list[int]] = {}
-        scoring = [
-            (layer, choice.scores)
-            for layer, choice in enumerate(choices)
-            if choice.scores is not None and layer >= self.config.num_skip_layers
-        ]
-        for layer, scores in scoring:
-            inside = scores[first : document.num_pages]
-            free = max(len(choices[layer].ordinals) - first, 0)
-            for page in inside.topk(min(free, len(inside))).indices.tolist():
-                votes.setdefault(page + first, []).append(layer)
-        ranked = sorted(votes.items(), key=lambda item: (-len(item[1]), item[0]))
-        return tuple(document.page_use(page, len(by) / len(scoring), tuple(by)) for page, by in ranked)
-
     def _bookmark_row(self) -> Tensor:
         """The bookmark embedding [hidden], trained or not."""
         if self.retriever is not None:
@@ -515,41 +467,6 @@ class RetroLM:
             torch.cuda.synchronize(self.device)
 
 
-def _load(folder: str, dtype: Any, device_map: Any, model_options: dict[str, Any]) -> tuple[Any, Any]:
-    from transformers import AutoConfig
-
-    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise unknown("dtype", dtype, ("auto", "bfloat16", "float16", "float32"))
-    try:
-        check_family(AutoConfig.from_pretrained(folder).get_text_config())
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device_map, **model_options)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"Can't load the model {folder!r}: {reason} Give a folder, a Hugging Face id or a demo name."
-        ) from None
-    if device_map is None and torch.cuda.is_available():
-        model = model.to("cuda")
-    return model.eval(), tokenizer
-
-
-def _eos_ids(*sources: Any) -> tuple[int, ...]:
-    """All end-of-sequence ids that the sources name, first named first."""
-    found: list[int] = []
-    for source in sources:
-        ids = getattr(source, "eos_token_id", None)
-        found += ids if isinstance(ids, list) else [] if ids is None else [ids]
-    return tuple(dict.fromkeys(int(i) for i in found))
-
-
 def _is_ids(source: Any) -> bool:
     """Whether a list is one row of token ids rather than several texts."""
     return isinstance(source, (list, tuple)) and len(source) > 0 and all(isinstance(i, int) for i in source)
-
-
-def _pad_id(tokenizer: Any, eos_ids: tuple[int, ...]) -> int:
-    pad = getattr(tokenizer, "pad_token_id", None)
-    return int(pad) if pad is not None else eos_ids[0] if eos_ids else 0

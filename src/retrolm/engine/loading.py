@@ -1,0 +1,50 @@
+"""Loading a stock transformers model and the token ids that end or pad its texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from ..errors import UserError, unknown
+from .backbone import check_family
+
+
+def load_model(folder: str, dtype: Any, device_map: Any, model_options: dict[str, Any]) -> tuple[Any, Any]:
+    """Load model and tokenizer from a folder or hub id; a CUDA device is used if there is one.
+
+    Raises:
+        UserError: unknown dtype, or nothing that loads; UnsupportedModelError: a family RetroLM can't attach to.
+    """
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise unknown("dtype", dtype, ("auto", "bfloat16", "float16", "float32"))
+    try:
+        check_family(AutoConfig.from_pretrained(folder).get_text_config())
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device_map, **model_options)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"Can't load the model {folder!r}: {reason} Give a folder, a Hugging Face id or a demo name."
+        ) from None
+    if device_map is None and torch.cuda.is_available():
+        model = model.to("cuda")
+    return model.eval(), tokenizer
+
+
+def eos_ids(*sources: Any) -> tuple[int, ...]:
+    """All end-of-sequence ids that the sources name, first named first."""
+    found: list[int] = []
+    for source in sources:
+        ids = getattr(source, "eos_token_id", None)
+        found += ids if isinstance(ids, list) else [] if ids is None else [ids]
+    return tuple(dict.fromkeys(int(i) for i in found))
+
+
+def pad_id(tokenizer: Any, ends: tuple[int, ...]) -> int:
+    """The tokenizer's padding id, else the first end-of-sequence id, else 0."""
+    pad = getattr(tokenizer, "pad_token_id", None)
+    return int(pad) if pad is not None else ends[0] if ends else 0
