@@ -328,7 +328,7 @@ def test_closing_a_stream_stops_generating() -> None:
     stream = document.stream("Who?", max_new_tokens=300, do_sample=False, eos_token_id=None)
     next(stream)
     started = time.perf_counter()
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     stopped = time.perf_counter() - started
     assert document.encoder.parts.store.num_used == used and threading.active_count() == threads
     started = time.perf_counter()
