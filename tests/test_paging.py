@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrolm.paging import PageTable, page_lengths, place, room_for_past, start_position
 
 
+@settings(deadline=None)
 @given(num_tokens=st.integers(0, 500), page_size=st.integers(1, 40))
 def test_page_lengths_cut_everything_into_full_pages_but_the_last(num_tokens: int, page_size: int) -> None:
     lengths = page_lengths(num_tokens, page_size)
@@ -27,6 +28,7 @@ def tables(draw: st.DrawFn) -> PageTable:
     return PageTable(torch.arange(len(lengths)), lengths, len(sinks), page_size)
 
 
+@settings(deadline=None)
 @given(table=tables(), data=st.data())
 def test_room_keeps_every_set_within_the_budget(table: PageTable, data: st.DataObject) -> None:
     strict = data.draw(st.booleans())
@@ -43,6 +45,7 @@ def test_room_keeps_every_set_within_the_budget(table: PageTable, data: st.DataO
     assert not everything or room >= num_past - table.num_sink
 
 
+@settings(deadline=None)
 @given(table=tables(), longer=st.lists(st.integers(1, 12), max_size=4))
 def test_an_extended_table_keeps_what_it_had(table: PageTable, longer: list[int]) -> None:
     lengths = torch.tensor([min(length, table.page_size) for length in longer], dtype=torch.int64)
@@ -63,6 +66,7 @@ def naive_places(lengths: list[int], starts: list[int], end: int, page_size: int
     return found
 
 
+@settings(deadline=None)
 @given(table=tables(), data=st.data())
 def test_places_end_right_before_the_page_and_have_no_holes(table: PageTable, data: st.DataObject) -> None:
     sets = data.draw(
