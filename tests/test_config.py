@@ -86,3 +86,9 @@ def test_replace_checks_too() -> None:
         config.replace(page_size=1000)
     with pytest.raises(UserError, match="Did you mean"):
         config.replace(kv_budgt=1)
+
+
+@pytest.mark.parametrize("options", [{"device_kv_bytes": "4GB"}, {"device_kv_bytes": 0.5}, {"strict_budget": "no"}])
+def test_values_of_another_type_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=next(iter(options))):
+        RetroConfig.from_options(options)

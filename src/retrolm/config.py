@@ -68,8 +68,12 @@ class RetroConfig:
                 f"(sink, previous and current page). Use at least {MIN_BUDGET_PAGES * self.page_size}, "
                 f"or a smaller page_size."
             )
-        if self.device_kv_bytes is not None and self.device_kv_bytes <= 0:
-            raise UserError(f"device_kv_bytes must be positive or None, got {self.device_kv_bytes!r}.")
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        cap = self.device_kv_bytes
+        if cap is not None and (isinstance(cap, bool) or not isinstance(cap, int) or cap <= 0):
+            raise UserError(f"device_kv_bytes must be positive or None, in whole bytes, got {cap!r}.")
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> RetroConfig:
@@ -85,6 +89,7 @@ class RetroConfig:
         return self.from_options({**dataclasses.asdict(self), **changes})
 
 
+_SWITCHES = ("strict_budget", "score_rope", "causal_selection", "prefix_page")
 _LOWEST = {
     "kv_budget": 1,
     "page_size": 1,
