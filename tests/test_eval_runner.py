@@ -17,13 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrolm.errors import UserError
+from retrolm.evaluation.answering import attempt
 from retrolm.evaluation.journal import Journal, read_lines, write_whole
 from retrolm.evaluation.readers import FULL, BudgetError, Prediction, RetroReader
 from retrolm.evaluation.rows import cells_of, sample_key
-from retrolm.evaluation.runner import CELLS_FILE, SAMPLES_FILE, Runner, attempt, batches
+from retrolm.evaluation.runner import CELLS_FILE, SAMPLES_FILE, Runner, batches
 from retrolm.evaluation.tasks import EvalSample
 from retrolm.evaluation.variants import Variant, VariantLoader, variants_of
-from tiny_eval import CONFIG, PROVENANCE, VARIANTS, run_stories, story_sample, story_set, tiny_lm
+from tiny_eval import CONFIG, VARIANTS, run_stories, story_sample, story_set, tiny_answerer, tiny_lm
 
 SAMPLE_KEYS = {
     *("key", "config_hash", "sample_id", "task", "length", "model", "retriever", "adapter", "method", "kv_budget"),
@@ -224,5 +225,4 @@ def test_cells_take_the_last_row_of_a_sample(whole: Path) -> None:
 
 
 def test_a_runner_needs_no_events(tmp_path: Path) -> None:
-    loader = VariantLoader(tiny_lm(), "tiny", CONFIG)
-    assert Runner(loader, tmp_path, PROVENANCE).run([], []) == []
+    assert Runner(tiny_answerer(), tmp_path).run([], []) == []

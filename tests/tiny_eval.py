@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from retrolm.config import RetroConfig
 from retrolm.engine.model import RetroLM
+from retrolm.evaluation.answering import LocalAnswerer
 from retrolm.evaluation.runner import Runner, SampleSet
 from retrolm.evaluation.tasks import EvalSample, Task
 from retrolm.evaluation.variants import Variant, VariantLoader
@@ -65,8 +67,20 @@ def tiny_lm(name: str = "llama", chat: bool = True, **options: Any) -> RetroLM:
     return RetroLM(model, tiny_tokenizer(chat), config=CONFIG.replace(**options))
 
 
-def run_stories(out: Path, num_samples: int = 5, variants: list[Variant] = VARIANTS, **options: Any) -> list[Any]:
-    """Evaluate into `out`; returns its cells."""
+def tiny_answerer() -> LocalAnswerer:
+    """The tiny model, answering in this process."""
+    return LocalAnswerer(VariantLoader(tiny_lm(), "tiny", CONFIG), PROVENANCE)
+
+
+def run_stories(
+    out: Path,
+    num_samples: int = 5,
+    variants: list[Variant] = VARIANTS,
+    extra: Sequence[EvalSample] = (),
+    **options: Any,
+) -> list[Any]:
+    """Evaluate the stories and `extra` samples into `out`; returns the cells."""
     torch.set_num_threads(1)
-    loader = VariantLoader(tiny_lm(), "tiny", CONFIG)
-    return Runner(loader, out, PROVENANCE, **options).run([story_set(num_samples)], variants)
+    part = story_set(num_samples)
+    part.samples.extend(extra)
+    return Runner(tiny_answerer(), out, **options).run([part], variants)

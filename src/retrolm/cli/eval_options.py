@@ -3,35 +3,99 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import UserError
+from .options import DEFAULT_MODEL, EngineOptions
 from .screen import note
 
 if TYPE_CHECKING:
     from ..evaluation.runner import DataOptions, SampleSet
 
-TaskOption = Annotated[
-    list[str], typer.Option("--task", help="Task or group (ruler-needles, longbench-qa6, …); may be repeated.")
-]
-ModelOption = Annotated[str, typer.Option(help="Name of a pulled model, a folder, or a Hugging Face id.")]
-LengthsOption = Annotated[str, typer.Option(help="Prompt lengths in tokens, parted by commas (4096,8192), or natural.")]
-SamplesOption = Annotated[int | None, typer.Option(help="Samples per task and length.", min=1, show_default="all")]
 SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
-DataOption = Annotated[Path | None, typer.Option(help="Folder with data sets, or hub.", show_default="none")]
-CacheOption = Annotated[Path | None, typer.Option(help="Folder that keeps generated samples.", show_default="none")]
-DtypeOption = Annotated[str, typer.Option(help="Arithmetic of the model: auto, float32, bfloat16, float16.")]
-PageSizeOption = Annotated[int, typer.Option(help="Tokens per page.")]
-RetrieverOption = Annotated[
-    list[str], typer.Option("--retriever", help="auto, none (untrained), a folder or a shipped name; may be repeated.")
-]
-TaskSettings = Annotated[
-    list[str], typer.Option("--task-option", help="Option of tasks, as key=value (essays=FOLDER); may be repeated.")
-]
 SetOption = Annotated[list[str], typer.Option("--set", help="Any other option of RetroConfig, as key=value.")]
+
+
+@dataclass(frozen=True)
+class SetOptions:
+    """Which samples; the fields are options of every evaluation command."""
+
+    task: Annotated[
+        list[str], typer.Option("--task", help="Task or group (ruler-needles, longbench-qa6, …); may be repeated.")
+    ] = field(default_factory=list)
+    lengths: Annotated[
+        str, typer.Option(help="Prompt lengths in tokens, parted by commas (4096,8192), or natural.")
+    ] = "natural"
+    num_samples: Annotated[int | None, typer.Option(help="Samples per task and length.", min=1, show_default="all")] = (
+        None
+    )
+    seed: SeedOption = 42
+    data_dir: Annotated[Path | None, typer.Option(help="Folder with data sets, or hub.", show_default="none")] = None
+    task_option: Annotated[
+        list[str], typer.Option("--task-option", help="Option of tasks, as key=value (essays=FOLDER); may be repeated.")
+    ] = field(default_factory=list)
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Folder that keeps generated samples.", show_default="none")
+    ] = None
+
+    def make(self, tokenizer: Any) -> list[SampleSet]:
+        """Make all samples before the first answer, so that missing data is known at once."""
+        from ..evaluation.runner import sample_sets
+
+        sets = []
+        for part in sample_sets(tokenizer, self.names(), self.sizes(), self.data()):
+            sets.append(part)
+            note(f"{part.task.name} · {part.length or 'natural'}: {len(part.samples)} samples")
+        return sets
+
+    def check(self) -> None:
+        """Refuse unknown names and values before a model is loaded; raises `UserError`."""
+        if not self.task:
+            raise UserError("Name what to run with --task; for example: --task ruler-needles.")
+        self.names(), self.sizes(), self.data()
+
+    def names(self) -> list[str]:
+        """Full names of the tasks."""
+        from ..evaluation.tasks import expand_tasks
+
+        return expand_tasks(self.task)
+
+    def sizes(self) -> list[int | None]:
+        """Lengths in tokens, None for natural ones."""
+        return parse_lengths(self.lengths)
+
+    def data(self) -> DataOptions:
+        """Where samples come from."""
+        from ..evaluation.runner import DataOptions
+
+        options = parse_task_options(self.task_option)
+        return DataOptions(self.num_samples, self.seed, self.data_dir, self.cache_dir, options)
+
+
+@dataclass(frozen=True)
+class BackboneOptions:
+    """Which model with which retrievers; the fields are options of every evaluation command."""
+
+    model: Annotated[str, typer.Option(help="Name of a pulled model, a folder, or a Hugging Face id.")] = DEFAULT_MODEL
+    retriever: Annotated[
+        list[str],
+        typer.Option("--retriever", help="auto, none (untrained), a folder or a shipped name; may be repeated."),
+    ] = field(default_factory=lambda: ["auto"])
+    page_size: Annotated[int, typer.Option(help="Tokens per page.")] = 128
+    dtype: Annotated[str, typer.Option(help="Arithmetic of the model: auto, float32, bfloat16, float16.")] = "auto"
+
+    @property
+    def label(self) -> str:
+        """How the model is called in the rows: the last part of a folder's path, else its name."""
+        return Path(self.model).resolve().name if Path(self.model).is_dir() else self.model
+
+    def engine(self, **options: Any) -> EngineOptions:
+        """Options to load the bare model with; retrievers are attached later."""
+        return EngineOptions(model=self.model, retriever="none", page_size=self.page_size, dtype=self.dtype, **options)
 
 
 def parse_lengths(text: str) -> list[int | None]:
@@ -45,27 +109,11 @@ def parse_lengths(text: str) -> list[int | None]:
     return found
 
 
-def model_label(model: str) -> str:
-    """How a model is called in the rows: the last part of a folder's path, else its name."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
-
-
 def run_provenance() -> dict[str, Any]:
     """Facts of this run that every row states."""
     from ..engine.provenance import provenance
 
     return provenance(["retrolm", *sys.argv[1:]])
-
-
-def make_sets(tokenizer: Any, names: list[str], sizes: list[int | None], options: DataOptions) -> list[SampleSet]:
-    """Make all samples before the first answer, so that missing data is known at once."""
-    from ..evaluation.runner import sample_sets
-
-    sets = []
-    for part in sample_sets(tokenizer, names, sizes, options):
-        sets.append(part)
-        note(f"{part.task.name} · {part.length or 'natural'}: {len(part.samples)} samples")
-    return sets
 
 
 def parse_task_options(pairs: list[str]) -> dict[str, Any]:

@@ -8,26 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
-from .eval_options import (
-    CacheOption,
-    DataOption,
-    DtypeOption,
-    LengthsOption,
-    ModelOption,
-    PageSizeOption,
-    RetrieverOption,
-    SamplesOption,
-    SeedOption,
-    TaskOption,
-    TaskSettings,
-    make_sets,
-    model_label,
-    parse_lengths,
-    parse_task_options,
-    run_provenance,
-)
+from .eval_options import BackboneOptions, SetOptions, run_provenance
 from .loading import load_engine
-from .options import DEFAULT_MODEL, EngineOptions
+from .options import with_options
 from .screen import count, note, show_table
 
 if TYPE_CHECKING:
@@ -35,39 +18,28 @@ if TYPE_CHECKING:
     from ..retriever import PageRetriever
 
 
+@with_options(sets=SetOptions(), backbone=BackboneOptions())
 def retrieval(
-    task: TaskOption,
+    sets: SetOptions,
+    backbone: BackboneOptions,
     out: Annotated[Path, typer.Option(help="Folder for the rows; a stopped run goes on there.")],
-    model: ModelOption = DEFAULT_MODEL,
-    retriever: RetrieverOption = ["auto"],  # noqa: B006
-    lengths: LengthsOption = "natural",
-    num_samples: SamplesOption = None,
-    seed: SeedOption = 42,
-    data_dir: DataOption = None,
-    task_option: TaskSettings = [],  # noqa: B006
-    cache_dir: CacheOption = None,
-    page_size: PageSizeOption = 128,
-    dtype: DtypeOption = "auto",
     heatmap: Annotated[int, typer.Option(help="Questions per set to draw as maps of layers and pages.", min=0)] = 0,
 ) -> None:
     """Measure page recall on dense prefill: trained retrievers, untrained bookmarks, training-free indexes, oracle."""
+    sets.check()
     from ..evaluation.retrieval.run import run_recall
-    from ..evaluation.runner import DataOptions
-    from ..evaluation.tasks import expand_tasks
 
-    names, sizes = expand_tasks(task), parse_lengths(lengths)
-    engine = EngineOptions(
-        model=model, retriever="none", page_size=page_size, kv_budget=max(2048, 3 * page_size), dtype=dtype
-    )
-    lm = load_engine(engine)
-    sets = make_sets(
-        lm.tokenizer, names, sizes, DataOptions(num_samples, seed, data_dir, cache_dir, parse_task_options(task_option))
-    )
-    facts = {"model": model_label(model), "seed": seed, **run_provenance()}
-    run_recall(lm, sets, _retrievers(lm, retriever), out, facts, heatmap, _show)
+    lm = load_bare(backbone)
+    facts = {"model": backbone.label, "seed": sets.seed, **run_provenance()}
+    run_recall(lm, sets.make(lm.tokenizer), load_retrievers(lm, backbone.retriever), out, facts, heatmap, _show)
 
 
-def _retrievers(lm: RetroLM, names: list[str]) -> dict[str, PageRetriever]:
+def load_bare(backbone: BackboneOptions) -> RetroLM:
+    """The model for measurements on a dense pass, whose budget doesn't matter."""
+    return load_engine(backbone.engine(kv_budget=max(2048, 3 * backbone.page_size)))
+
+
+def load_retrievers(lm: RetroLM, names: list[str]) -> dict[str, PageRetriever]:
     """Loaded retrievers by the name of their card; folders of the same name are told apart by their path."""
     from ..engine.shipped import find_shipped, resolve_retriever
     from ..retriever import load_retriever

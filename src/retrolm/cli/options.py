@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Annotated, Any, get_type_hints
 
@@ -92,16 +92,30 @@ def with_engine_options(**defaults: Any) -> Callable[[Callable[..., Any]], Calla
     Args:
         defaults: values that differ from those of `EngineOptions` in this command.
     """
+    return with_options(engine=EngineOptions(**defaults))
+
+
+def with_options(**groups: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Let a command take the fields of its dataclass parameters as options.
+
+    Args:
+        groups: parameter of the command -> an instance of its dataclass, whose values are the defaults.
+    """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        names = [item.name for item in dataclasses.fields(EngineOptions)]
+        names = {group: [item.name for item in dataclasses.fields(plain)] for group, plain in groups.items()}
 
         @functools.wraps(function)
         def command(**values: Any) -> Any:
-            engine = EngineOptions(**{name: values.pop(name) for name in names})
-            return function(engine=engine, **values)
+            built = {
+                group: type(plain)(**{name: values.pop(name) for name in names[group]})
+                for group, plain in groups.items()
+            }
+            return function(**built, **values)
 
-        parameters = [*_own_parameters(function), *_engine_parameters(defaults)]
+        parameters = _own_parameters(function, groups)
+        for plain in groups.values():
+            parameters += _group_parameters(plain)
         del command.__wrapped__  # its parameters are not the command's
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -110,14 +124,13 @@ def with_engine_options(**defaults: Any) -> Callable[[Callable[..., Any]], Calla
     return decorate
 
 
-def _own_parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+def _own_parameters(function: Callable[..., Any], groups: Collection[str]) -> list[inspect.Parameter]:
     found = inspect.signature(function, eval_str=True).parameters.values()
-    return [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in found if p.name != "engine"]
+    return [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in found if p.name not in groups]
 
 
-def _engine_parameters(defaults: dict[str, Any]) -> list[inspect.Parameter]:
-    hints = get_type_hints(EngineOptions, include_extras=True)
-    plain = EngineOptions(**defaults)
+def _group_parameters(plain: Any) -> list[inspect.Parameter]:
+    hints = get_type_hints(type(plain), include_extras=True)
     return [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=getattr(plain, name), annotation=hint)
         for name, hint in hints.items()

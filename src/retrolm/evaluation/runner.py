@@ -6,20 +6,18 @@ run that was stopped goes on where it was; samples whose rows are there are not 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..engine.memory import PeakMemory
 from ..errors import unknown
+from .answering import Answerer
 from .journal import Journal, write_lines
-from .readers import BudgetError, Prediction, Reader
 from .rows import cell_identity, cell_name, cells_of, sample_key, sample_row
 from .stopping import stop_strings
 from .tasks import EvalSample, Task, Tokenizer, get_task
-from .variants import OpenVariant, Variant, VariantLoader
+from .variants import Variant
 
 SAMPLES_FILE = "samples.jsonl"
 CELLS_FILE = "cells.jsonl"
@@ -82,100 +80,66 @@ def tasks_with(names: Sequence[str], options: dict[str, Any]) -> list[Task]:
 
 
 class Runner:
-    """Runs variants over sample sets into a folder.
+    """Runs variants over sample sets into a folder; only this process writes there, wherever samples are answered.
 
     Args:
-        provenance: facts of this run for its rows (commit, versions, hardware, command, measured_at).
+        answerer: answers the samples, here or elsewhere.
         batch_size: samples read and answered side by side. retry_failed: answer samples again whose row is an error.
     """
 
     def __init__(
         self,
-        loader: VariantLoader,
+        answerer: Answerer,
         out: Path,
-        provenance: dict[str, Any],
         *,
         seed: int = 42,
         batch_size: int = 1,
         retry_failed: bool = False,
         events: Events | None = None,
     ) -> None:
-        self._loader = loader
+        self._answerer = answerer
         self._out = out
-        self._provenance = provenance
         self._seed = seed
         self._batch_size = batch_size
         self._retry_failed = retry_failed
         self._events = events or Events()
 
     def run(self, sets: Sequence[SampleSet], variants: Sequence[Variant]) -> list[dict[str, Any]]:
-        """Answer what isn't answered yet; returns all cells of the folder.
+        """Answer what isn't answered yet; returns the cells of these sets and variants.
 
         Raises:
             UserError: the folder is in use or broken, or a variant can't be opened.
             BudgetError: a method attended more than its budget.
         """
         with Journal(self._out / SAMPLES_FILE) as journal:
-            for part in sets:
-                for variant in variants:
-                    self._cell(journal, part, self._loader.open(variant))
-            return self._write_cells(journal)
+            cells = [self._cell(journal, part, variant) for part in sets for variant in variants]
+            self._write_cells(journal)
+            return cells
 
-    def _cell(self, journal: Journal, part: SampleSet, variant: OpenVariant) -> None:
-        identity = cell_identity(part.task, part.length, self._seed, variant.facts)
+    def _cell(self, journal: Journal, part: SampleSet, variant: Variant) -> dict[str, Any]:
+        identity = cell_identity(part.task, part.length, self._seed, self._answerer.facts(variant))
         left = [sample for sample in part.samples if not self._is_done(journal, identity, sample)]
         done, total = len(part.samples) - len(left), len(part.samples)
         self._events.cell_begins(cell_name(identity), done, total)
-        for batch in batches(left, self._batch_size):
-            for row in self._answer(identity, part.task, variant, batch):
-                journal.append(row)
-            done += len(batch)
+        for answers in self._answerer.answers(variant, batches(left, self._batch_size)):
+            for found in answers:
+                journal.append(
+                    sample_row(identity, found.sample, part.task, found.outcome, found.measured, found.provenance)
+                )
+            done += len(answers)
             self._events.samples_done(done, total)
         keys = {sample_key(identity, sample) for sample in part.samples}
-        self._events.cell_ends(cells_of(row for key, row in journal.rows.items() if key in keys)[0])
+        cell = cells_of(row for key, row in journal.rows.items() if key in keys)[0]
+        self._events.cell_ends(cell)
         self._write_cells(journal)
+        return cell
 
     def _is_done(self, journal: Journal, identity: dict[str, Any], sample: EvalSample) -> bool:
         row = journal.rows.get(sample_key(identity, sample))
         return row is not None and not (self._retry_failed and row["failed"])
 
-    def _answer(
-        self, identity: dict[str, Any], task: Task, variant: OpenVariant, batch: list[EvalSample]
-    ) -> Iterator[dict[str, Any]]:
-        """Rows of one batch; where a batch breaks, its samples are tried one by one."""
-        with PeakMemory([info.device for info in variant.lm.backbone.layers]) as memory:
-            started = time.perf_counter()
-            outcomes = attempt(variant.reader, batch)
-            total_s = time.perf_counter() - started
-        if outcomes is None:
-            for sample in batch:
-                yield from self._answer(identity, task, variant, [sample])
-            return
-        measured = {
-            "total_s": total_s / len(batch),
-            "batch_size": len(batch),
-            "peak_device_bytes": memory.device_peak_bytes,
-            "peak_host_bytes": memory.host_peak_bytes,
-        }
-        for sample, outcome in zip(batch, outcomes, strict=True):
-            beyond = not isinstance(outcome, str) and outcome.num_tokens > variant.num_window
-            own = {**measured, "beyond_window": beyond}
-            yield sample_row(identity, sample, task, outcome, own, self._provenance)
-
-    def _write_cells(self, journal: Journal) -> list[dict[str, Any]]:
-        cells = cells_of(journal.rows.values())
-        write_lines(self._out / CELLS_FILE, cells)
-        return cells
-
-
-def attempt(reader: Reader, batch: Sequence[EvalSample]) -> Sequence[Prediction | str] | None:
-    """Answers of a batch; the error's text for a single sample that breaks, None for a batch that does."""
-    try:
-        return reader.answer(batch)
-    except BudgetError:
-        raise
-    except Exception as error:
-        return [f"{type(error).__name__}: {' '.join(str(error).split())}"] if len(batch) == 1 else None
+    def _write_cells(self, journal: Journal) -> None:
+        write_lines(self._out / CELLS_FILE, cells_of(journal.rows.values()))
 
 
 def batches(samples: Sequence[EvalSample], batch_size: int) -> Iterator[list[EvalSample]]:
