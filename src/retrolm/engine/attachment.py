@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -17,12 +16,17 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from .backbone import Backbone
+from .running import PROGRAM
+from .wrapped import bypass_adapters
 
 ATTENTION_NAME = "retrolm"
 
 
 class Program(Protocol):
-    """What a forward pass does in each layer."""
+    """What a forward pass does in each layer.
+
+    A program whose rows end in bookmarks says how many in `num_bookmarks`: adapters leave these out.
+    """
 
     def project(self, layer: int, name: str, rows: Tensor, out: Tensor) -> Tensor | None:
         """Replace the output of projection `name`: `rows` [1, T, in] → `out` [1, T, out]; None keeps it."""
@@ -34,7 +38,6 @@ class Program(Protocol):
 
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
-_PROGRAM: ContextVar[Program | None] = ContextVar("retrolm_program", default=None)
 
 
 def _attention(
@@ -47,7 +50,7 @@ def _attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    program = _PROGRAM.get()
+    program = PROGRAM.get()
     if program is None:
         raise RuntimeError(
             "This model is in use by RetroLM in another thread. Run passes of your own while RetroLM is idle."
@@ -68,7 +71,8 @@ class Attachment:
         self._config: Any = backbone.layers[0].attention.config
         self._lock = _LOCKS.setdefault(backbone.decoder, threading.RLock())
         self._program: Program | None = None
-        self._handles = [
+        self._handles = bypass_adapters(backbone.decoder)
+        self._handles += [
             getattr(layer.attention, name).register_forward_hook(self._projection_hook(index, name))
             for index, layer in enumerate(backbone.layers)
             for name in layer.projections
@@ -82,7 +86,7 @@ class Attachment:
         """Let `program` decide attention and bookmark projections until the block ends."""
         with self._lock:
             before, outer = self._config._attn_implementation, self._program
-            token = _PROGRAM.set(program)
+            token = PROGRAM.set(program)
             self._program = program
             self._config._attn_implementation = ATTENTION_NAME
             try:
@@ -90,7 +94,11 @@ class Attachment:
             finally:
                 self._config._attn_implementation = before
                 self._program = outer
-                _PROGRAM.reset(token)
+                PROGRAM.reset(token)
+
+    def keep(self, handles: list[Any]) -> None:
+        """Take charge of further hooks on the model; `detach` removes them too."""
+        self._handles += handles
 
     def detach(self) -> None:
         """Remove all hooks."""
@@ -100,7 +108,7 @@ class Attachment:
 
     def _running(self) -> Program | None:
         """The program that this attachment runs in this thread, if any."""
-        program = _PROGRAM.get()
+        program: Program | None = PROGRAM.get()
         return program if program is self._program else None
 
     def _projection_hook(self, layer: int, name: str) -> Any:

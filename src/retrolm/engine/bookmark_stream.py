@@ -49,6 +49,7 @@ class BookmarkProgram:
         first = torch.arange(B, device=rows.device)[:, None, None] * T
         self._own = (first + rows.clamp(max=T - 1)).flatten(0, 1)
         self._content: Tensor | None = None
+        self.num_bookmarks = batch.lengths_BM.shape[1]
         self.states = BookmarkStates()
 
     def project(self, layer: int, name: str, rows: Tensor, out: Tensor) -> Tensor | None:

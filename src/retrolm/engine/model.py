@@ -19,6 +19,7 @@ from ..paging import PageTable, page_lengths
 from ..retriever import PageRetriever, load_retriever
 from ..store import DigestIndex, PageLayout, PageStore, ResidentStore, TieredStore
 from .answers import build_answer, build_retrieval
+from .adapter import LoraAdapter, load_adapter
 from .attachment import Attachment
 from .backbone import Backbone
 from .chunk import Chunk
@@ -67,6 +68,7 @@ class RetroLM:
         self.tokenizer = tokenizer
         self.method = METHODS.get(method)()
         self.retriever: PageRetriever | None = None
+        self.adapter: LoraAdapter | None = None
         self.model = model
         self.backbone = Backbone(model, self.config.kv_budget + self.config.page_size)
         if self.config.kv_budget > self.backbone.window:
@@ -88,6 +90,7 @@ class RetroLM:
         model: str | Path,
         *,
         retriever: str | Path | None = "auto",
+        adapter: str | Path | None = None,
         method: str = "retrolm",
         dtype: str | torch.dtype = "auto",
         device_map: Any = None,
@@ -101,6 +104,7 @@ class RetroLM:
             model: Hugging Face id, local folder, or the name of a demo backbone (`retrolm pull`).
             retriever: folder of a trained page retriever; "auto" = the one shipped for this backbone, if any;
                 None = untrained.
+            adapter: folder of a LoRA adapter (stage 2, or PEFT's); bookmark rows go past it.
             dtype, device_map: as transformers' `from_pretrained`; by default a CUDA device is used if there is one.
             model_options: further arguments for transformers' `from_pretrained` (quantization_config, …).
             options: fields of `RetroConfig` (kv_budget, page_size, …).
@@ -117,6 +121,8 @@ class RetroLM:
         path = find_shipped(lm.backbone) if retriever == "auto" else retriever and resolve_retriever(str(retriever))
         if path is not None:
             lm.use_retriever(path)
+        if adapter is not None:
+            lm.use_adapter(adapter)
         return lm
 
     def use_retriever(self, retriever: PageRetriever | str | Path) -> None:
@@ -125,6 +131,17 @@ class RetroLM:
             retriever = load_retriever(retriever, self.backbone.projection_shapes(), self.backbone.fingerprint())
         self.retriever = retriever.place([info.device for info in self.backbone.layers]).eval()
         self._bookmark = self._bookmark_row()
+
+    def use_adapter(self, adapter: LoraAdapter | str | Path) -> None:
+        """Let a LoRA adapter act on the model until `detach`; bookmark rows go past it.
+
+        Raises:
+            UserError: there is an adapter already, or this one is of another kind or backbone.
+        """
+        if self.adapter is not None:
+            raise UserError(f"The adapter {self.adapter.card.name!r} is in use already. Load the model anew.")
+        self.adapter = adapter if isinstance(adapter, LoraAdapter) else load_adapter(adapter, self.backbone)
+        self.attachment.keep(self.adapter.attach(self.backbone))
 
     @property
     def retriever_name(self) -> str:
@@ -140,6 +157,7 @@ class RetroLM:
     def detach(self) -> None:
         """Leave the model as it was."""
         self.attachment.detach()
+        self.adapter = None
 
     # --- reading --------------------------------------------------------------------------------------------
 
