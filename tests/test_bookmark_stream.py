@@ -30,7 +30,7 @@ def stream_scores(lm: RetroLM, retriever: PageRetriever | None, batch: PageBatch
     dense = dense_pass(lm.backbone, lm.attachment, batch)
     bookmark = lm.untrained_bookmark() if retriever is None else retriever.embedding
     states = bookmark_stream(lm.backbone, lm.attachment, retriever, bookmark, batch, dense)
-    return torch.stack([page_scores(states, layer) for layer in range(lm.backbone.num_layers)])
+    return torch.stack([page_scores(states, layer)[:, 0] for layer in range(lm.backbone.num_layers)])
 
 
 def centred(scores: Tensor) -> Tensor:
@@ -145,3 +145,23 @@ def test_training_scores_what_the_engine_scores(name: str, chat: bool, rank: int
                 assert found.isnan().all()
                 continue
             assert (found - scores[layer]).abs().max() < 1e-5 * scores[layer].abs().max()
+
+
+@pytest.mark.parametrize("num_prefix", [0, 5])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_several_questions_are_as_each_alone(name: str, num_prefix: int) -> None:
+    """Scores for each of several questions on a text equal those of a batch with that question alone."""
+    lm = attached(name)
+    retriever = random_retriever(lm, 0).double()
+    prefix = random_ids(num_prefix, 1).tolist()
+    texts = [random_ids(n, n).tolist() for n in (29, 18)]
+    questions = [[random_ids(n, n + row).tolist() for n in sizes] for row, sizes in enumerate([(3, 11, 1), (4, 9)])]
+    together = page_batch(prefix, texts, [q[0] for q in questions], W, pad_id=0, further=[q[1:] for q in questions])
+    dense = dense_pass(lm.backbone, lm.attachment, together)
+    states = bookmark_stream(lm.backbone, lm.attachment, retriever, retriever.embedding, together, dense)
+    for row, (text, asked) in enumerate(zip(texts, questions, strict=True)):
+        for number, question in enumerate(asked):
+            alone = stream_scores(lm, retriever, page_batch(prefix, [text], [question], W, pad_id=0))[:, 0]
+            for layer in range(lm.backbone.num_layers):
+                found = page_scores(states, layer, together.num_questions)[row, number, : alone.shape[1]]
+                assert torch.allclose(found.double(), alone[layer].double(), atol=1e-5), (layer, row, number)

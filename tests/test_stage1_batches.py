@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrolm.training.data import Stage1Sample, page_labels
+from retrolm.training.data.sample import FurtherQuestion
 from retrolm.training.stage1.batches import Collate, micro_batches
 
 PREFIX = np.array([3, 4, 5], np.int32)
@@ -51,12 +52,12 @@ def test_pages_cover_each_sequence_and_labels_match(data: st.DataObject, page_si
         assert [whole[s:e] for s, e in real] == [text[i : i + page_size] for i in range(0, len(text), page_size)]
         assert whole[slice(*spans[-1])] == question
         gold, masked = (set(labels.tolist()) for labels in page_labels(sample, page_size))
-        assert set(batch.positive_BP[row].nonzero()[:, 0].tolist()) == gold
-        assert set(batch.negative_BP[row].nonzero()[:, 0].tolist()) == set(range(len(real))) - gold - masked
+        assert set(batch.positive_NP[row].nonzero()[:, 0].tolist()) == gold
+        assert set(batch.negative_NP[row].nonzero()[:, 0].tolist()) == set(range(len(real))) - gold - masked
     assert pages.num_tokens == sum(len(s.input_ids) + len(s.question_ids) + num_prefix for s in group)
     assert batch.sources == tuple(sample.source for sample in group)
     moved = batch.to(torch.device("meta"))
-    assert moved.pages.tokens_BT.is_meta and moved.positive_BP.is_meta and moved.sources == batch.sources
+    assert moved.pages.tokens_BT.is_meta and moved.positive_NP.is_meta and moved.sources == batch.sources
 
 
 @settings(deadline=None)
@@ -75,3 +76,21 @@ def test_micro_batches(lengths: list[int], most: int) -> None:
 def test_micro_batches_are_lazy() -> None:
     endless = (64 for _ in iter(int, 1))
     assert list(islice(micro_batches(endless, 128), 2)) == [[0, 1], [2, 3]]
+
+
+def test_every_sequence_weighs_the_same_whatever_it_is_asked() -> None:
+    ids = np.arange(100, 150, dtype=np.int32)
+    more = tuple(FurtherQuestion(np.full(n, 9, np.int32), ((10 * n, 10 * n + 5),)) for n in (1, 2))
+    group = [
+        Stage1Sample(ids, ids[:4], PREFIX, ((0, 5),), "a", further=more),
+        Stage1Sample(ids, ids[:6], PREFIX, ((40, 45),), "b"),
+    ]
+    batch = Collate(10, pad_id=0)(group)
+    assert batch.sequence_N.tolist() == [0, 0, 0, 1] and batch.query_N.tolist() == [0, 1, 2, 0]
+    assert torch.allclose(batch.share_N, torch.tensor([1 / 6, 1 / 6, 1 / 6, 1 / 2]))
+    assert [row.nonzero()[:, 0].tolist() for row in batch.positive_NP] == [[0], [1], [2], [4]]
+    pages = batch.pages
+    assert pages.num_questions == 3 and pages.text_lengths.tolist() == [[10] * 5] * 2
+    assert pages.lengths_BM[:, 5:].tolist() == [[4, 1, 2], [6, 0, 0]]
+    assert pages.starts_BM[0, 5:].tolist() == [53, 57, 58]
+    assert pages.num_tokens == 2 * 53 + 7 + 6

@@ -165,3 +165,44 @@ def test_config_is_frozen_and_checked() -> None:
     with pytest.raises(AttributeError):
         config.seed = 3  # type: ignore[misc]
     assert replace(config, seed=3).seed == 3
+
+
+def test_no_further_questions_unless_asked_for() -> None:
+    samples = dataset()
+    assert not any(samples[index].further for index in range(40))
+
+
+@pytest.mark.parametrize("part", ["wiki", "chat", "cloze", "facts", "transcripts", "composed"])
+def test_further_questions_have_their_evidence_where_they_say(part: str) -> None:
+    weights = {**dict.fromkeys(WEIGHTS, 0.0), **dict.fromkeys(NATURAL, 1e-9), part: 1000.0}
+    samples = dataset(weights=weights, further_questions=5, max_keys=8, min_tokens=1500, max_tokens=3000)
+    total = 0
+    for index in range(40):
+        sample = samples[index]
+        assert len(sample.input_ids) == text_length(samples.context.config, index)
+        assert len(sample.further) <= 5
+        total += len(sample.further)
+        for question in sample.further:
+            assert question.positive_spans and len(question.question_ids)
+            assert all(0 <= start < end <= len(sample.input_ids) for start, end in question.positive_spans)
+            assert not set(question.positive_spans) & set(sample.positive_spans)
+    assert total >= 20
+    assert equal(samples[7], samples[7]) and [
+        (q.positive_spans, q.question_ids.tolist()) for q in samples[7].further
+    ] == [(q.positive_spans, q.question_ids.tolist()) for q in samples[7].further]
+
+
+def test_further_facts_are_stated_where_the_labels_point() -> None:
+    """Each further question names its key, and the labelled span states a fact on that very key."""
+    weights = {**dict.fromkeys(WEIGHTS, 0.0), "facts": 1.0}
+    samples = dataset(weights=weights, further_questions=4, max_keys=8)
+    checked = 0
+    for index in range(60):
+        sample = samples[index]
+        for question in sample.further:
+            asked = set(decoded(question.question_ids).split())
+            own = " ".join(decoded(sample.input_ids[s:e]) for s, e in question.positive_spans).split()
+            others = [set(decoded(sample.input_ids[s:e]).split()) for s, e in sample.positive_spans]
+            common = asked & set(own)
+            checked += bool(others) and len(common) > min(len(asked & other) for other in others)
+    assert checked > 20

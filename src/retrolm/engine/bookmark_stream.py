@@ -1,7 +1,7 @@
 """The bookmark stream: one token per page through the stock layers, over captured keys and values (spec E, stage 1).
 
 Since bookmarks are invisible to normal tokens, this small pass is all that training differentiates.
-Shape letters: B sequences, M pages with the query page last, H, K heads, D head dim.
+Shape letters: B sequences, M pages with the query pages last, Q query pages, P text pages, H, K heads, D head dim.
 """
 
 from __future__ import annotations
@@ -119,11 +119,10 @@ def bookmark_stream(
     return program.states
 
 
-def page_scores(states: BookmarkStates, layer: int) -> Tensor:
-    """Scores of the text pages for the query page, float32 [B, M - 1] (paper eq 6; D3-D5)."""
-    q_BHD = states.queries[layer][:, -1].float()
-    k_BPKD = states.keys[layer][:, :-1].float()
-    B, H, D = q_BHD.shape
-    K = k_BPKD.shape[2]
-    q_BKD = q_BHD.reshape(B, K, H // K, D).sum(2)
-    return torch.einsum("bkd,bpkd->bp", q_BKD, k_BPKD) * (H * D) ** -0.5
+def page_scores(states: BookmarkStates, layer: int, num_questions: int = 1) -> Tensor:
+    """Scores of the text pages for each query page, float32 [B, Q, P] (paper eq 6; D3-D5)."""
+    q_BQHD = states.queries[layer][:, -num_questions:].float()
+    k_BPKD = states.keys[layer][:, :-num_questions].float()
+    H, D = q_BQHD.shape[2:]
+    q_BQKD = q_BQHD.unflatten(2, (k_BPKD.shape[2], -1)).sum(3)
+    return torch.einsum("bqkd,bpkd->bqp", q_BQKD, k_BPKD) * (H * D) ** -0.5

@@ -13,6 +13,7 @@ from ..ops.rotary import rotate, unscaled
 from .attachment import Attachment
 from .backbone import Backbone
 from .page_batch import PageBatch
+from .question_attention import SeparateQuestions
 
 Observer = Callable[[int, Tensor, Tensor], None]
 
@@ -31,11 +32,15 @@ class DenseProgram:
     Args:
         observe: called with (layer, queries, keys) before RoPE, [B, T, H, D] and [B, T, K, D], for page indexes that
             look at normal tokens.
+        questions: set if texts have several questions.
     """
 
-    def __init__(self, backbone: Backbone, observe: Observer | None = None) -> None:
+    def __init__(
+        self, backbone: Backbone, observe: Observer | None = None, questions: SeparateQuestions | None = None
+    ) -> None:
         self._backbone = backbone
         self._observe = observe
+        self._questions = questions
         self.states = DenseStates()
 
     def project(self, layer: int, name: str, rows: Tensor, out: Tensor) -> Tensor | None:
@@ -49,10 +54,17 @@ class DenseProgram:
             self._observe(layer, q.transpose(1, 2), k.transpose(1, 2))
         self.states.keys.append(k.transpose(1, 2))
         self.states.values.append(v.transpose(1, 2))
-        cos, sin = rope.at(torch.arange(q.shape[2], device=q.device))
-        out = _dense_attention(
-            rotate(q, cos, sin), rotate(k, cos, sin), v, scale, softcap, self._backbone.layers[layer].window
-        )
+        positions = torch.arange(q.shape[2], device=q.device)[None]
+        if self._questions is not None:
+            positions = self._questions.positions_BT
+        cos, sin = (x[:, None] for x in rope.at(positions))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        window = self._backbone.layers[layer].window
+        out = _dense_attention(q, k, v, scale, softcap, window)
+        if self._questions is not None:
+            self._questions.attend(
+                q, out, window, lambda rows, allowed: _masked_attention(rows, k, v, scale, softcap, allowed)
+            )
         return out.transpose(1, 2)
 
 
@@ -62,7 +74,8 @@ def dense_pass(
 ) -> DenseStates:
     """Run the frozen backbone over `batch` once; no logits are computed."""
     backbone.require_positions(batch.tokens_BT.shape[1])
-    program = DenseProgram(backbone, observe)
+    questions = SeparateQuestions(batch) if batch.num_questions > 1 else None
+    program = DenseProgram(backbone, observe, questions)
     with attachment.run(program):
         backbone.decoder(
             inputs_embeds=backbone.embed(batch.tokens_BT),
@@ -80,13 +93,17 @@ def _dense_attention(
     if softcap is None and (window is None or window >= T):
         return F.scaled_dot_product_attention(q_BHTD, k_BKTD, v_BKTD, is_causal=True, scale=scale, enable_gqa=grouped)
     distance = torch.arange(T, device=q_BHTD.device)[:, None] - torch.arange(T, device=q_BHTD.device)
-    allowed = (distance >= 0) & (distance < (window or T))
-    if softcap is None:
-        return F.scaled_dot_product_attention(
-            q_BHTD, k_BKTD, v_BKTD, attn_mask=allowed, scale=scale, enable_gqa=grouped
-        )
+    return _masked_attention(q_BHTD, k_BKTD, v_BKTD, scale, softcap, (distance >= 0) & (distance < (window or T)))
+
+
+def _masked_attention(
+    q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float, softcap: float | None, allowed: Tensor
+) -> Tensor:
+    # Kernels that take a mask know no groups: with `enable_gqa` PyTorch would fall back to its slowest one.
     group = q_BHTD.shape[1] // k_BKTD.shape[1]
     k, v = (x.repeat_interleave(group, 1) for x in (k_BKTD, v_BKTD))
+    if softcap is None:
+        return F.scaled_dot_product_attention(q_BHTD, k, v, attn_mask=allowed, scale=scale)
     scores = softcap * torch.tanh(q_BHTD.float() @ k.float().transpose(2, 3) * scale / softcap)
     weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
     return (weights @ v.float()).to(q_BHTD.dtype)

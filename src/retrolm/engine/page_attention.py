@@ -18,6 +18,8 @@ from .page_batch import PageBatch
 class PageAttention:
     """An observer of `dense_pass` (call it `PageAttention(...)` and pass it as `observe`).
 
+    Of several questions on a text, the first is looked at.
+
     Attributes:
         mass: layer → attention that falls on each text page, mean over heads and question tokens, float32 [B, P].
     """
@@ -25,10 +27,12 @@ class PageAttention:
     def __init__(self, backbone: Backbone, batch: PageBatch, layers: Collection[int]) -> None:
         self._backbone = backbone
         self._layers = frozenset(layers)
-        self._starts, self._lengths = batch.starts_BM, batch.lengths_BM
-        offsets = torch.arange(int(batch.lengths_BM[:, -1].max()), device=batch.starts_BM.device)
-        self._rows_BQ = (batch.starts_BM[:, -1:] + offsets).clamp(max=batch.tokens_BT.shape[1] - 1)
-        self._real_BQ = offsets < batch.lengths_BM[:, -1:]
+        num_pages = batch.text_lengths.shape[1]
+        self._starts, self._lengths = batch.starts_BM[:, :num_pages], batch.text_lengths
+        start_B1, length_B1 = (x[:, num_pages : num_pages + 1] for x in (batch.starts_BM, batch.lengths_BM))
+        offsets = torch.arange(int(length_B1.max()), device=batch.starts_BM.device)
+        self._rows_BQ = (start_B1 + offsets).clamp(max=batch.tokens_BT.shape[1] - 1)
+        self._real_BQ = offsets < length_B1
         self.mass: dict[int, Tensor] = {}
 
     def __call__(self, layer: int, q_BTHD: Tensor, k_BTKD: Tensor) -> None:
@@ -40,7 +44,7 @@ class PageAttention:
     def shares(self, layer: int) -> Tensor:
         """The text pages' shares of what falls on them together, float32 [B, P]; even where nothing does."""
         mass_BP = self.mass[layer]
-        there_BP = (self._lengths[:, :-1] > 0).float()
+        there_BP = (self._lengths > 0).float()
         total_B1 = mass_BP.sum(1, keepdim=True)
         return torch.where(total_B1 > 0, mass_BP / total_B1.clamp(min=1e-30), there_BP / there_BP.sum(1, keepdim=True))
 
@@ -63,5 +67,5 @@ class PageAttention:
 
     def _by_page(self, mass_BT: Tensor) -> Tensor:
         sums = torch.nn.functional.pad(mass_BT.double().cumsum(1), (1, 0))
-        first = self._starts[:, :-1]
-        return (sums.gather(1, first + self._lengths[:, :-1]) - sums.gather(1, first)).clamp(min=0).float()
+        ends = self._starts + self._lengths
+        return (sums.gather(1, ends) - sums.gather(1, self._starts)).clamp(min=0).float()

@@ -19,25 +19,31 @@ Ids = Sequence[int] | NDArray[np.integer[Any]]
 
 @dataclass
 class PageBatch:
-    """Padded sequences [prefix | text | question] and where their pages stand.
+    """Padded sequences [prefix | text | question(s)] and where their pages stand.
 
     Attributes:
         tokens_BT: token ids, padded at the right.
         num_prefix: tokens of the prefix (the sink), the same in every sequence.
-        starts_BM, lengths_BM: first token and tokens of each page, int64; the query page is the last column, text
-            pages that a shorter sequence doesn't have are of length 0.
+        starts_BM, lengths_BM: first token and tokens of each page, int64; query pages are the last columns. Pages that
+            a sequence doesn't have are of length 0.
+        num_questions: query pages. Each follows the text directly, as if the others were not there.
     """
 
     tokens_BT: Tensor
     num_prefix: int
     starts_BM: Tensor
     lengths_BM: Tensor
+    num_questions: int = 1
+
+    @property
+    def text_lengths(self) -> Tensor:
+        """Tokens of the text pages."""
+        return self.lengths_BM[:, : -self.num_questions]
 
     @property
     def num_tokens(self) -> int:
         """Tokens that are no padding."""
-        ends = self.starts_BM[:, -1] + self.lengths_BM[:, -1]
-        return int(ends.sum())
+        return self.num_prefix * len(self.lengths_BM) + int(self.lengths_BM.sum())
 
     def to(self, device: torch.device) -> PageBatch:
         return PageBatch(
@@ -45,24 +51,36 @@ class PageBatch:
             self.num_prefix,
             self.starts_BM.to(device, non_blocking=True),
             self.lengths_BM.to(device, non_blocking=True),
+            self.num_questions,
         )
 
 
 def page_batch(
-    prefix: Sequence[int], texts: Sequence[Ids], questions: Sequence[Ids], page_size: int, pad_id: int
+    prefix: Sequence[int],
+    texts: Sequence[Ids],
+    questions: Sequence[Ids],
+    page_size: int,
+    pad_id: int,
+    further: Sequence[Sequence[Ids]] = (),
 ) -> PageBatch:
-    """Lay sequences out. Every text and question has at least one token."""
+    """Lay sequences out. Every text and question has at least one token; `further` holds more questions per text."""
     num_pages = [-(-len(text) // page_size) for text in texts]
-    width = max(len(prefix) + len(t) + len(q) for t, q in zip(texts, questions, strict=True))
-    tokens = torch.full((len(texts), width), pad_id)
-    starts = torch.zeros(len(texts), max(num_pages) + 1, dtype=torch.int64)
+    asked = [[question, *more] for question, more in zip(questions, further or [()] * len(texts), strict=True)]
+    rows = [
+        torch.cat([torch.as_tensor(part, dtype=torch.int64) for part in (prefix, text, *queries)])
+        for text, queries in zip(texts, asked, strict=True)
+    ]
+    num_questions = max(map(len, asked))
+    tokens = torch.full((len(texts), max(map(len, rows))), pad_id)
+    starts = torch.zeros(len(texts), max(num_pages) + num_questions, dtype=torch.int64)
     lengths = torch.zeros_like(starts)
-    for row, (text, question, pages) in enumerate(zip(texts, questions, num_pages, strict=True)):
-        ids = torch.cat([torch.as_tensor(part, dtype=torch.int64) for part in (prefix, text, question)])
-        tokens[row, : len(ids)] = ids
+    for row, (text, queries, pages) in enumerate(zip(texts, asked, num_pages, strict=True)):
+        tokens[row, : len(rows[row])] = rows[row]
         first = torch.arange(pages) * page_size
         starts[row, :pages] = len(prefix) + first
         lengths[row, :pages] = (len(text) - first).clamp(max=page_size)
-        starts[row, -1] = len(prefix) + len(text)
-        lengths[row, -1] = len(question)
-    return PageBatch(tokens, len(prefix), starts, lengths)
+        sizes = torch.tensor([len(query) for query in queries])
+        columns = slice(max(num_pages), max(num_pages) + len(queries))
+        starts[row, columns] = len(prefix) + len(text) + sizes.cumsum(0) - sizes
+        lengths[row, columns] = sizes
+    return PageBatch(tokens, len(prefix), starts, lengths, num_questions)

@@ -49,7 +49,7 @@ def score_pages(lm: RetroLM, batch: PageBatch, retrievers: Mapping[str, PageRetr
     for name, retriever in {UNTRAINED: None, **retrievers}.items():
         bookmark = lm.untrained_bookmark() if retriever is None else retriever.embedding
         states = bookmark_stream(lm.backbone, lm.attachment, retriever, bookmark, batch, dense)
-        scores[name] = torch.stack([page_scores(states, layer)[0] for layer in range(lm.backbone.num_layers)])
+        scores[name] = torch.stack([page_scores(states, layer)[0, 0] for layer in range(lm.backbone.num_layers)])
     return {name: value.float().cpu() for name, value in scores.items()}
 
 

@@ -69,6 +69,8 @@ class Stage1DataConfig:
         length_curriculum: over so many first samples the longest length grows from `min_tokens` to `max_tokens`.
         max_passage_tokens: longer passages are cut to a window (around the answer where it is known).
         min_hard_negatives, max_hard_negatives: hard negatives packed beside a question's positive.
+        further_questions: at most so many more questions are asked on one text, each read on its own behind it. They
+            cost little beside reading the text, and each is a full training example.
         book_padding: share of packed samples that are filled with book prose instead of other passages.
         paper_format: share of samples with the paper's instruction and question format; the others vary.
         titles: share of packed samples whose passages carry their titles.
@@ -91,6 +93,7 @@ class Stage1DataConfig:
     max_passage_tokens: int = 384
     min_hard_negatives: int = 4
     max_hard_negatives: int = 16
+    further_questions: int = 0
     book_padding: float = 0.25
     paper_format: float = 0.5
     titles: float = 0.5
@@ -110,6 +113,8 @@ class Stage1DataConfig:
         for name in ("min_tokens", "length_group", "max_passage_tokens", "max_keys", "max_stored_passage_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)!r}.")
+        if self.further_questions < 0:
+            raise UserError(f"further_questions must not be negative, got {self.further_questions}.")
         if self.max_tokens < self.min_tokens:
             raise UserError(f"max_tokens={self.max_tokens} is below min_tokens={self.min_tokens}.")
         if self.min_hard_negatives > self.max_hard_negatives:

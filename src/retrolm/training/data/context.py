@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 from .config import PASSAGE_QUERY_KINDS, SYNTHETIC_KINDS, Stage1DataConfig
 from .encoder import TextEncoder
 from .frames import Frame
-from .pieces import Piece, Role, cut_to_length, drop_surplus, join, total_length
-from .pool import TokenPool
-from .sample import Span, Stage1Sample, TokenArray
+from .passage_queries import keyword_question
+from .pieces import Piece, Role, cut_to_length, drop_surplus, further_spans, join, total_length
+from .pool import QuestionRow, TokenPool
+from .sample import FurtherQuestion, Span, Stage1Sample, TokenArray
 
 _MIN_SLICE, _MAX_SLICE = 100, 500
+Asked = tuple[str, str]  # a question, and how its answer begins (mostly "")
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,44 @@ class BuildContext:
     def keyword_rows(self) -> NDArray[np.int64]:
         """Rows whose question is a list of keywords."""
         return self.pool.rows_of("keywords", self.split)
+
+    @cached_property
+    def _asking(self) -> tuple[list[NDArray[np.int64]], list[float]]:
+        """Question rows with one positive by source, and the sources' weights."""
+        names = [name for name, weight in self.config.weights.items() if weight > 0 and name not in SYNTHETIC_KINDS]
+        single = np.diff(self.pool.arrays["row_positive_offsets"]) == 1
+        rows = {name: found[single[found]] for name in names if len(found := self.pool.rows_of(name, self.split))}
+        return [r for r in rows.values() if len(r)], [self.config.weights[n] for n, r in rows.items() if len(r)]
+
+    @cached_property
+    def _asking_by_passage(self) -> dict[int, list[tuple[int, float]]]:
+        """Passage -> the questions that it alone answers, as (row, weight)."""
+        first = self.pool.arrays["row_positive_offsets"]
+        positives = self.pool.arrays["row_positives"]
+        found: dict[int, list[tuple[int, float]]] = {}
+        for rows, weight in zip(*self._asking, strict=True):
+            for row in rows.tolist():
+                found.setdefault(int(positives[first[row]]), []).append((row, weight))
+        return found
+
+    def random_row(self, rng: random.Random) -> QuestionRow | None:
+        """Draw a question with one positive: a source by weight, then one of its questions."""
+        sources, weights = self._asking
+        if not sources:
+            return None
+        rows = rng.choices(sources, weights)[0]
+        return self.pool.row(int(rows[rng.randrange(len(rows))]))
+
+    def row_on(self, passage: int, rng: random.Random) -> QuestionRow | None:
+        """Draw a question that a passage alone answers, sources by weight; None if there is none."""
+        rows = self._asking_by_passage.get(passage)
+        if not rows:
+            return None
+        return self.pool.row(rng.choices([row for row, _ in rows], [weight for _, weight in rows])[0])
+
+    def wording(self, row: QuestionRow, rng: random.Random) -> str:
+        """How a row's question is put."""
+        return keyword_question(row.query, rng) if row.source == "keywords" else row.query
 
     def random_passage(self, rng: random.Random) -> int:
         """Draw a passage: a source at random, then one of its passages."""
@@ -102,20 +142,32 @@ class BuildContext:
         num_tokens: int,
         rng: random.Random,
         answer_prefix: str = "",
+        further: Sequence[Asked] = (),
     ) -> Stage1Sample:
-        """Put a frame around pieces in their final order and cut the fillers so that the text has `num_tokens`."""
+        """Put a frame around pieces in their final order and cut the fillers so that the text has `num_tokens`.
+
+        `further` are the questions whose numbers pieces carry; those whose evidence has been cut are left out.
+        """
         instruction = Piece(self.encoder.encode_repeated(frame.instruction), Role.FILLER)
         room = num_tokens - len(instruction)
         body = cut_to_length(drop_surplus(pieces, room, rng), room, rng)
         ids, evidence, masked = _behind(instruction.ids, *join(body))
+        asked = further_spans([instruction, *body])
         return Stage1Sample(
             input_ids=ids,
-            question_ids=self.encoder.question_ids(frame.question.format(question=question), answer_prefix),
+            question_ids=self._framed(frame, question, answer_prefix),
             prefix_ids=self.encoder.prefix_ids,
             positive_spans=evidence,
             source=source,
             masked_spans=masked,
+            further=tuple(
+                FurtherQuestion(self._framed(frame, *further[number]), tuple(spans))
+                for number, spans in sorted(asked.items())
+            ),
         )
+
+    def _framed(self, frame: Frame, question: str, answer_prefix: str) -> TokenArray:
+        return self.encoder.question_ids(frame.question.format(question=question), answer_prefix)
 
     def room(self, frame: Frame, pieces: Sequence[Piece], num_tokens: int) -> int:
         """Return how many more tokens fit a text of `num_tokens` beside some pieces."""

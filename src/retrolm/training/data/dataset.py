@@ -20,7 +20,6 @@ from .encoder import TextEncoder
 from .facts import facts_sample
 from .mixture import Schedule, text_length
 from .packed import packed_sample
-from .passage_queries import keyword_question
 from .pool import TokenPool
 from .quoted import quoted_sample
 from .sample import Stage1Sample
@@ -82,8 +81,7 @@ class Stage1Dataset(Dataset[Stage1Sample]):
             return _BUILDERS[part](self.context, part, length, rng)
         rows = self._rows[part]
         row = self.context.pool.row(int(rows[self._schedule.item(part, occurrence, len(rows))]))
-        question = keyword_question(row.query, rng) if part == "keywords" else row.query
-        return packed_sample(self.context, [row], question, part, length, rng)
+        return packed_sample(self.context, [row], self.context.wording(row, rng), part, length, rng)
 
     def __getstate__(self) -> dict[str, Any]:
         return {

@@ -10,11 +10,11 @@ from itertools import pairwise
 import numpy as np
 
 from ...planting import GENERATORS, Fact, plant, random_facts, spread
-from .context import BuildContext
+from .context import Asked, BuildContext
 from .fact_wordings import FILLER_SENTENCES, Wording, draw_line_wording, draw_wording, listed
 from .frames import Frame, draw_frame
 from .pieces import Piece, Role
-from .sample import Stage1Sample
+from .sample import Stage1Sample, TokenArray
 
 _HAYSTACKS = ("prose", "passages", "filler", "lines")
 _HAYSTACK_WEIGHTS = (45, 15, 15, 25)
@@ -30,13 +30,20 @@ _PLENTIFUL_KINDS = ("number", "uuid", "hex", "plate", "word_pair", "person")  # 
 
 @dataclass(frozen=True)
 class Quiz:
-    """Statements of facts, which of them answer the question, the question, and the keys that it is about."""
+    """Statements of facts and questions on them.
+
+    Attributes:
+        is_evidence: which statements answer the question. asked: the keys that it is about.
+        further: questions on other keys. answers: which of them each statement answers, or -1.
+    """
 
     statements: list[str]
     is_evidence: list[bool]
     question: str
     answer_prefix: str
     asked: tuple[str, ...]
+    further: list[Asked]
+    answers: list[int]
 
 
 def facts_sample(context: BuildContext, source: str, num_tokens: int, rng: random.Random) -> Stage1Sample:
@@ -46,9 +53,10 @@ def facts_sample(context: BuildContext, source: str, num_tokens: int, rng: rando
     if haystack == "lines":
         pieces, quiz = _list_of_facts(context, frame, num_tokens, rng)
     else:
-        quiz = draw_quiz(rng, draw_wording(rng), _num_keys(rng, context.config.max_keys))
-        pieces = hide(context, frame, quiz.statements, quiz.is_evidence, haystack, num_tokens, rng)
-    return context.finish(frame, pieces, quiz.question, source, num_tokens, rng, quiz.answer_prefix)
+        most = context.config.further_questions
+        quiz = draw_quiz(rng, draw_wording(rng), _num_keys(rng, context.config.max_keys), most)
+        pieces = hide(context, frame, quiz.statements, quiz.is_evidence, haystack, num_tokens, rng, quiz.answers)
+    return context.finish(frame, pieces, quiz.question, source, num_tokens, rng, quiz.answer_prefix, quiz.further)
 
 
 def _num_keys(rng: random.Random, most: int) -> int:
@@ -56,11 +64,12 @@ def _num_keys(rng: random.Random, most: int) -> int:
     return min(most, rng.choice((1, 1, rng.randint(2, 4), rng.randint(4, 8), rng.randint(8, 16))))
 
 
-def draw_quiz(rng: random.Random, wording: Wording, num_keys: int) -> Quiz:
-    """Draw facts of one wording and a question for some of them."""
+def draw_quiz(rng: random.Random, wording: Wording, num_keys: int, most_further: int = 0) -> Quiz:
+    """Draw facts of one wording, a question for some of them and at most `most_further` for others."""
     values_per_key = rng.randint(2, 4) if rng.random() < _SEVERAL_VALUES_SHARE else 1
     kinds = rng.choice(wording.key_kinds), rng.choice(wording.value_kinds)
-    quiz = quiz_on(rng, some_forms(rng, wording), random_facts(rng, num_keys, *kinds, values_per_key))
+    facts = random_facts(rng, num_keys, *kinds, values_per_key)
+    quiz = quiz_on(rng, some_forms(rng, wording), facts, most_further)
     return with_decoys(rng, quiz, wording) if rng.random() < _DECOY_SHARE else quiz
 
 
@@ -71,8 +80,8 @@ def some_forms(rng: random.Random, wording: Wording) -> Wording:
     )
 
 
-def quiz_on(rng: random.Random, wording: Wording, facts: Sequence[Fact]) -> Quiz:
-    """State facts in random order and ask for one key or a few."""
+def quiz_on(rng: random.Random, wording: Wording, facts: Sequence[Fact], most_further: int = 0) -> Quiz:
+    """State facts in random order, ask for one key or a few, and for at most `most_further` others one by one."""
     num_asked = min(len(facts), rng.randint(2, 4)) if rng.random() < _SEVERAL_KEYS_SHARE else 1
     asked = set(rng.sample(range(len(facts)), num_asked))
     order = [(number, value) for number, fact in enumerate(facts) for value in fact.values]
@@ -81,7 +90,11 @@ def quiz_on(rng: random.Random, wording: Wording, facts: Sequence[Fact]) -> Quiz
     questioned = [facts[number] for number in sorted(asked)]
     question, prefix = _ask(rng, wording, questioned)
     is_evidence = [number in asked for number, _ in order]
-    return Quiz(statements, is_evidence, question, prefix, tuple(fact.key for fact in questioned))
+    others = [number for number in range(len(facts)) if number not in asked]
+    others = rng.sample(others, min(most_further, len(others))) if most_further else []
+    further = [_ask(rng, wording, [facts[number]]) for number in others]
+    answers = [others.index(number) if number in others else -1 for number, _ in order]
+    return Quiz(statements, is_evidence, question, prefix, tuple(fact.key for fact in questioned), further, answers)
 
 
 def _state(form: str, key: str, value: str) -> str:
@@ -90,14 +103,15 @@ def _state(form: str, key: str, value: str) -> str:
 
 def with_decoys(rng: random.Random, quiz: Quiz, wording: Wording) -> Quiz:
     """Add one to three facts of other kinds on the asked keys, so that the key alone doesn't find the answer."""
-    statements, is_evidence = list(quiz.statements), list(quiz.is_evidence)
+    statements, is_evidence, answers = list(quiz.statements), list(quiz.is_evidence), list(quiz.answers)
     drawn = [draw_wording(rng) for _ in range(rng.randint(1, 3))]
     for other in (other for other in drawn if other.questions != wording.questions):
         value = GENERATORS[rng.choice(other.value_kinds)](rng)
         place = rng.randint(0, len(statements))
         statements.insert(place, _state(rng.choice(other.statements), rng.choice(quiz.asked), value))
         is_evidence.insert(place, False)
-    return replace(quiz, statements=statements, is_evidence=is_evidence)
+        answers.insert(place, -1)
+    return replace(quiz, statements=statements, is_evidence=is_evidence, answers=answers)
 
 
 def _ask(rng: random.Random, wording: Wording, facts: Sequence[Fact]) -> tuple[str, str]:
@@ -116,17 +130,25 @@ def hide(
     haystack: str,
     num_tokens: int,
     rng: random.Random,
+    answers: Sequence[int] = (),
 ) -> list[Piece]:
-    """Plant statements at random places of a haystack of a kind, all together `num_tokens` long with the frame."""
+    """Plant statements at random places of a haystack of a kind, all together `num_tokens` long with the frame.
+
+    `answers` says which further question each statement answers, or -1; empty = none.
+    """
     spaced = "\n{}\n" if haystack == "passages" or rng.random() < 0.2 else " {}"
     needles = [
-        Piece(context.encoder.encode(spaced.format(statement)), Role.EVIDENCE if wanted else Role.FILLER)
-        for statement, wanted in zip(statements, is_evidence, strict=True)
+        _fact_piece(context.encoder.encode(spaced.format(statement)), wanted, number)
+        for statement, wanted, number in zip(statements, is_evidence, answers or [-1] * len(statements), strict=True)
     ]
     room = max(0, context.room(frame, needles, num_tokens))
     straw = _HAYSTACK_MAKERS[haystack](context, room, rng)
     pieces, _ = plant(straw, needles, spread(rng, len(straw) + 1, len(needles)))
     return pieces
+
+
+def _fact_piece(ids: TokenArray, is_evidence: bool, further: int) -> Piece:
+    return Piece(ids, Role.EVIDENCE if is_evidence else Role.FILLER, further=further)
 
 
 def _prose(context: BuildContext, room: int, rng: random.Random) -> list[Piece]:
@@ -164,11 +186,12 @@ def _list_of_facts(
     room = context.room(frame, (), num_tokens)
     trial = quiz_on(rng, wording, random_facts(rng, _TRIAL_LINES, *kinds))
     tokens_per_line = len(context.encoder.encode(gap.join(trial.statements))) / _TRIAL_LINES
-    quiz = quiz_on(rng, wording, random_facts(rng, int(1.15 * room / tokens_per_line) + 2, *kinds))
+    facts = random_facts(rng, int(1.15 * room / tokens_per_line) + 2, *kinds)
+    quiz = quiz_on(rng, wording, facts, context.config.further_questions)
     lines = context.encoder.encode_batch([statement + gap for statement in quiz.statements])
     pieces = [
-        Piece(np.array(ids, dtype=np.int32), Role.EVIDENCE if wanted else Role.FILLER)
-        for (ids, _), wanted in zip(lines, quiz.is_evidence, strict=True)
+        _fact_piece(np.array(ids, dtype=np.int32), wanted, number)
+        for (ids, _), wanted, number in zip(lines, quiz.is_evidence, quiz.answers, strict=True)
     ]
     return pieces, quiz
 

@@ -13,20 +13,28 @@ from .sample import Span, TokenArray
 
 
 class Role(Enum):
-    """What a piece is to the question: evidence, neither evidence nor a fair negative, or filler that may be cut."""
+    """What a piece is to the sample's own question: evidence, neither evidence nor a fair negative, or a negative.
+
+    Fillers may be cut or dropped; `FIRM` pieces are negatives that stay whole.
+    """
 
     EVIDENCE = "evidence"
     MASKED = "masked"
+    FIRM = "firm"
     FILLER = "filler"
 
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Consecutive token ids; `lead` ids stand in front and belong to the piece, but not to the evidence."""
+    """Consecutive token ids; `lead` ids stand in front and belong to the piece, but not to the evidence.
+
+    `further` is the number of the further question that the piece answers, or -1.
+    """
 
     ids: TokenArray
     role: Role = Role.FILLER
     lead: TokenArray | None = None
+    further: int = -1
 
     def __len__(self) -> int:
         return len(self.ids) + (0 if self.lead is None else len(self.lead))
@@ -47,6 +55,17 @@ def join(pieces: Sequence[Piece]) -> tuple[TokenArray, tuple[Span, ...], tuple[S
         place += len(piece.ids)
     ids = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
     return ids.astype(np.int32, copy=False), tuple(spans[Role.EVIDENCE]), tuple(spans[Role.MASKED])
+
+
+def further_spans(pieces: Sequence[Piece]) -> dict[int, list[Span]]:
+    """Return where, in the joined text, the pieces stand that answer each further question."""
+    spans: dict[int, list[Span]] = {}
+    place = 0
+    for piece in pieces:
+        place += len(piece)
+        if piece.further >= 0 and len(piece.ids):
+            spans.setdefault(piece.further, []).append((place - len(piece.ids), place))
+    return spans
 
 
 def total_length(pieces: Sequence[Piece]) -> int:
@@ -91,6 +110,7 @@ def cut_to_length(pieces: Sequence[Piece], num_tokens: int, rng: random.Random) 
 
 
 def _shortened(piece: Piece, by: int) -> Piece:
+    """What is left may lack the answer to a further question, so it counts as evidence of none."""
     if piece.lead is None or by <= len(piece.ids):
         return Piece(piece.ids[: len(piece.ids) - by], piece.role, piece.lead)
     return Piece(piece.ids[:0], piece.role, piece.lead[: len(piece) - by])

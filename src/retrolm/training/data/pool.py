@@ -56,6 +56,7 @@ class QuestionRow:
 
     `answers` gives, per positive, the token span (start, end) of an answer in the passage, or (-1, -1).
     `cut` is the token span of the sentence that the question quotes from its first positive, or (-1, -1).
+    `source` names where the question comes from.
     """
 
     query: str
@@ -63,6 +64,7 @@ class QuestionRow:
     answers: NDArray[np.integer[Any]]
     negatives: NDArray[np.integer[Any]]
     cut: tuple[int, int]
+    source: str
 
 
 class TokenPool:
@@ -133,6 +135,7 @@ class TokenPool:
             answers=self.arrays["row_answers"][first:last],
             negatives=self.arrays["row_negatives"][low:high],
             cut=(int(cut[0]), int(cut[1])),
+            source=self.source_names[int(self.arrays["row_source"][index])],
         )
 
     def rows_of(self, source: str, split: str) -> NDArray[np.int64]:

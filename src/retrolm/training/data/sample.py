@@ -16,6 +16,15 @@ Span = tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
+class FurtherQuestion:
+    """Another question on the text of a sample, read in place of the sample's own; fields as there."""
+
+    question_ids: TokenArray
+    positive_spans: tuple[Span, ...]
+    masked_spans: tuple[Span, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
 class Stage1Sample:
     """A text with evidence at known places and a question for it, as token ids.
 
@@ -29,6 +38,7 @@ class Stage1Sample:
         positive_spans: token spans (start, end) within `input_ids` that hold the evidence.
         source: the name of the mixture part that made the sample.
         masked_spans: spans that are neither evidence nor fair negatives (they leave the denominator).
+        further: more questions on the same text, each of which sees the text but none of the others.
     """
 
     input_ids: TokenArray
@@ -37,9 +47,15 @@ class Stage1Sample:
     positive_spans: tuple[Span, ...]
     source: str
     masked_spans: tuple[Span, ...] = ()
+    further: tuple[FurtherQuestion, ...] = ()
+
+    @property
+    def questions(self) -> tuple[Stage1Sample | FurtherQuestion, ...]:
+        """All questions on the text, its own first."""
+        return (self, *self.further)
 
 
-def page_labels(sample: Stage1Sample, page_size: int) -> tuple[IntArray, IntArray]:
+def page_labels(sample: Stage1Sample | FurtherQuestion, page_size: int) -> tuple[IntArray, IntArray]:
     """Return (positives, masked): ascending indices of text pages, page 0 being the first page of `input_ids`.
 
     Positive are the pages that hold evidence (`evidence_pages`). Masked are pages that touch a positive span less

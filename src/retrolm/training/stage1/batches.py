@@ -16,21 +16,27 @@ from ..data.sample import Stage1Sample, page_labels
 class Stage1Batch:
     """Sequences with labels over their text pages.
 
+    Shape letters: N questions, all sequences' together, P text pages.
+
     Attributes:
         pages: tokens and page places.
-        positive_BP, negative_BP: bool over text pages; pages in neither leave the loss.
+        positive_NP, negative_NP: bool over text pages; pages in neither leave the loss.
+        sequence_N: the sequence of each question; query_N: which of its query pages; share_N: its weight in the loss,
+            such that every sequence weighs the same.
         sources: the mixture part of each sample.
     """
 
     pages: PageBatch
-    positive_BP: Tensor
-    negative_BP: Tensor
+    positive_NP: Tensor
+    negative_NP: Tensor
+    sequence_N: Tensor
+    query_N: Tensor
+    share_N: Tensor
     sources: tuple[str, ...]
 
     def to(self, device: torch.device) -> Stage1Batch:
-        return Stage1Batch(
-            self.pages.to(device), self.positive_BP.to(device), self.negative_BP.to(device), self.sources
-        )
+        labels = (self.positive_NP, self.negative_NP, self.sequence_N, self.query_N, self.share_N)
+        return Stage1Batch(self.pages.to(device), *(x.to(device) for x in labels), self.sources)
 
 
 class Collate:
@@ -48,15 +54,19 @@ class Collate:
             [sample.question_ids for sample in samples],
             self._page_size,
             self._pad_id,
+            [[question.question_ids for question in sample.further] for sample in samples],
         )
-        positive = torch.zeros(len(samples), pages.lengths_BM.shape[1] - 1, dtype=torch.bool)
-        negative = pages.lengths_BM[:, :-1] > 0
-        for row, sample in enumerate(samples):
-            gold, masked = page_labels(sample, self._page_size)
-            positive[row, gold] = True
-            negative[row, gold] = False
-            negative[row, masked] = False
-        return Stage1Batch(pages, positive, negative, tuple(sample.source for sample in samples))
+        asked = [(row, number) for row, sample in enumerate(samples) for number in range(len(sample.questions))]
+        sequence, query = torch.tensor(asked).T
+        negative = (pages.text_lengths > 0)[sequence]
+        positive = torch.zeros_like(negative)
+        for index, (row, number) in enumerate(asked):
+            gold, masked = page_labels(samples[row].questions[number], self._page_size)
+            positive[index, gold] = True
+            negative[index, gold] = False
+            negative[index, masked] = False
+        share = torch.tensor([1 / (len(samples) * len(samples[row].questions)) for row, _ in asked])
+        return Stage1Batch(pages, positive, negative, sequence, query, share, tuple(s.source for s in samples))
 
 
 def micro_batches(lengths: Iterator[int], tokens_per_batch: int) -> Iterator[list[int]]:

@@ -14,18 +14,18 @@ MAX_GOLD_PAGES = 4
 
 def free_pages(pages: PageBatch) -> Tensor:
     """Text pages that have to be chosen, bool [B, P]: neither the last one nor, without a prefix, the first."""
-    lengths = pages.lengths_BM[:, :-1]
+    lengths = pages.text_lengths
     places = torch.arange(lengths.shape[1], device=lengths.device)
     free = places < (lengths > 0).sum(1, keepdim=True) - 1
     return free if pages.num_prefix else free & (places > 0)
 
 
-def layer_hits(scores_BP: Tensor, gold_BP: Tensor, free_BP: Tensor) -> Tensor:
-    """1 where a gold page is among the 8 best free pages, else 0, float32 [B].
+def layer_hits(scores_NP: Tensor, gold_NP: Tensor, free_NP: Tensor) -> Tensor:
+    """1 where a gold page is among the 8 best free pages, else 0, float32 [N], one row per question.
 
-    NaN where a sample doesn't count: no gold page, one in a page that is attended anyway, or more than 4 of them.
+    NaN where it doesn't count: no gold page, one in a page that is attended anyway, or more than 4 of them.
     """
-    num_gold = gold_BP.sum(1)
-    counts = (num_gold > 0) & (num_gold <= MAX_GOLD_PAGES) & ~(gold_BP & ~free_BP).any(1)
-    hits = page_hits(scores_BP, gold_BP, free_BP, NUM_PAGES).float()
+    num_gold = gold_NP.sum(1)
+    counts = (num_gold > 0) & (num_gold <= MAX_GOLD_PAGES) & ~(gold_NP & ~free_NP).any(1)
+    hits = page_hits(scores_NP, gold_NP, free_NP, NUM_PAGES).float()
     return hits.masked_fill(~counts, torch.nan)

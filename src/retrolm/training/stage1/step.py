@@ -25,12 +25,12 @@ class StepResult:
     Attributes:
         loss: mean over layers and samples, to be differentiated.
         spreads_L: standard deviation of the raw scores, mean over samples.
-        hits_LB: whether a layer's 8 best free pages hold the evidence: 1, 0, or NaN where a sample doesn't count.
+        hits_LN: whether a layer's 8 best free pages hold a question's evidence: 1, 0, or NaN where it doesn't count.
     """
 
     loss: Tensor
     spreads_L: Tensor
-    hits_LB: Tensor
+    hits_LN: Tensor
 
 
 class Stage1Step(nn.Module):
@@ -59,15 +59,16 @@ class Stage1Step(nn.Module):
         states = bookmark_stream(
             lm.backbone, lm.attachment, self.retriever, self.retriever.embedding, batch.pages, dense
         )
-        raw = [page_scores(states, layer) for layer in self.layers]
+        places = batch.sequence_N, batch.query_N
+        raw = [page_scores(states, layer, batch.pages.num_questions)[places] for layer in self.layers]
         losses = [self._loss(index, scores, batch, attention) for index, scores in enumerate(raw)]
         known = [scores.detach() for scores in raw]
-        there = batch.pages.lengths_BM[:, :-1] > 0
-        free = free_pages(batch.pages)
+        there = (batch.pages.text_lengths > 0)[batch.sequence_N]
+        free = free_pages(batch.pages)[batch.sequence_N]
         return StepResult(
             torch.stack(losses).mean(),
             torch.stack([_spread(scores, there) for scores in known]),
-            torch.stack([layer_hits(scores, batch.positive_BP, free) for scores in known]),
+            torch.stack([layer_hits(scores, batch.positive_NP, free) for scores in known]),
         )
 
     @torch.no_grad()
@@ -75,22 +76,21 @@ class Stage1Step(nn.Module):
         """Scale every layer so that its scores, now spread by `spreads_L`, have a standard deviation of 1."""
         self.log_scales.copy_(-spreads_L.clamp(min=1e-6).log())
 
-    def _loss(self, index: int, raw_BP: Tensor, batch: Stage1Batch, attention: PageAttention | None) -> Tensor:
-        scores_BP = raw_BP * self.log_scales[index].exp()
+    def _loss(self, index: int, raw_NP: Tensor, batch: Stage1Batch, attention: PageAttention | None) -> Tensor:
+        scores_NP = raw_NP * self.log_scales[index].exp()
         kind, share = self._train_config.loss, self._train_config.kl_share
+        contrast = (info_nce(scores_NP, batch.positive_NP, batch.negative_NP) * batch.share_N).sum()
         if attention is None:
-            return info_nce(scores_BP, batch.positive_BP, batch.negative_BP).mean()
-        there_BP = batch.pages.lengths_BM[:, :-1] > 0
-        divergence = attention_kl(scores_BP, attention.shares(self.layers[index]), there_BP).mean()
-        if kind == "attention_kl":
-            return divergence
-        contrast = info_nce(scores_BP, batch.positive_BP, batch.negative_BP).mean()
-        return (1 - share) * contrast + share * divergence
+            return contrast
+        first_N = batch.query_N == 0  # true attention is known of each text's own question
+        there_BP = batch.pages.text_lengths > 0
+        divergence = attention_kl(scores_NP[first_N], attention.shares(self.layers[index]), there_BP).mean()
+        return divergence if kind == "attention_kl" else (1 - share) * contrast + share * divergence
 
 
-def _spread(scores_BP: Tensor, there_BP: Tensor) -> Tensor:
-    """Standard deviation of the scores inside a sample, mean over samples."""
-    count = there_BP.sum(1, keepdim=True)
-    mean = (scores_BP * there_BP).sum(1, keepdim=True) / count
-    square = ((scores_BP - mean) ** 2 * there_BP).sum(1) / count[:, 0]
+def _spread(scores_NP: Tensor, there_NP: Tensor) -> Tensor:
+    """Standard deviation of the scores of a question, mean over questions."""
+    count = there_NP.sum(1, keepdim=True)
+    mean = (scores_NP * there_NP).sum(1, keepdim=True) / count
+    square = ((scores_NP - mean) ** 2 * there_NP).sum(1) / count[:, 0]
     return square.sqrt().mean()

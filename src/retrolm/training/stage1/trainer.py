@@ -353,7 +353,7 @@ def _lengths(config: Stage1DataConfig, num_samples: int) -> Iterator[int]:
 
 def _hits_and_counts(result: StepResult) -> Tensor:
     """Hits and samples that count, by layer: [L, 2]."""
-    return torch.stack([result.hits_LB.nansum(1), (~result.hits_LB.isnan()).sum(1)], 1)
+    return torch.stack([result.hits_LN.nansum(1), (~result.hits_LN.isnan()).sum(1)], 1)
 
 
 def _rounded(value: Tensor) -> float | None:
