@@ -33,6 +33,7 @@ def answer_json(document: Document, question: str, answer: Answer, model: str, n
         "prefill_s": answer.timings.prefill_s,
         "ttft_s": answer.timings.ttft_s,
         "tpot_s": answer.timings.tpot_s,
+        "decode_path": answer.decode_path,
         "kv_bytes": answer.kv_bytes,
         "notes": list(answer.notes),
     }

@@ -24,6 +24,7 @@ def build_answer(document: Document, query: Query) -> Answer:
         timings=Timings(document.prefill_s, query.ttft_s, query.tpot_s),
         kv_bytes={"device": stored.device, "host": stored.host, "cache": query.cache_bytes},
         truncated=not query.ended,
+        decode_path=query.decode_path,
     )
 
 

@@ -11,10 +11,13 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from ..errors import UserError, unknown
+from ..errors import UserError, suggest, unknown
+from .token_choice import TokenChoice
 
+DECODING = ("auto", "fast", "plain")
 _ARGUMENTS = ("generation_config", "logits_processor", "prefix_allowed_tokens_fn", "stopping_criteria", "streamer")
 _MAX_NEW_TOKENS = 64
+_DEFAULT_TOP_K = 50  # transformers' own
 _OURS = "RetroLM builds the cache and its inputs itself. Leave it out."
 _ONE_AT_A_TIME = "Generating several tokens per step isn't supported over a compact cache. Leave it out."
 _TENSOR_OUT = "RetroLM returns token ids. Look at scores with a logits_processor."
@@ -26,6 +29,24 @@ _RULED_OUT = {
     **dict.fromkeys(("output_attentions", "output_hidden_states"), _TENSOR_OUT),
     **dict.fromkeys(("max_length", "min_length"), "Use max_new_tokens and min_new_tokens."),
     "token_healing": "It changes the prompt's last token, which is already read. Leave it out.",
+}
+# What the engine's own decoding loop understands, or what changes no token there.
+_LOOP_KNOWS = {
+    *("max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "num_return_sequences"),
+    *("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id", "use_cache", "cache_implementation"),
+    *("cache_config", "max_cache_len", "max_length", "min_length", "early_stopping", "length_penalty", "low_memory"),
+    *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
+    *("transformers_version", "compile_config", "disable_compile", "generation_config", "is_assistant"),
+    *("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
+    *("assistant_lookbehind", "target_lookbehind", "max_matching_ngram_size", "prefill_chunk_size"),
+    *("encoder_repetition_penalty", "encoder_no_repeat_ngram_size", "continuous_batching_config"),
+}
+# Values that switch a further option off.
+_OFF: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "guidance_scale"), (1,)),
+    **dict.fromkeys(("repetition_penalty", "typical_p"), (1.0,)),
+    **dict.fromkeys(("no_repeat_ngram_size", "diversity_penalty", "epsilon_cutoff", "eta_cutoff"), (0,)),
+    **dict.fromkeys(("renormalize_logits", "remove_invalid_values", "token_healing", "use_mtp"), (False,)),
 }
 
 
@@ -41,6 +62,8 @@ class GenerateOptions:
         eos_ids, pad_id: what came of them. num_sequences: rows that generation keeps per prompt.
         max_new_tokens: what the generation config says; the caller's own number goes before it.
         keeps_rows: whether row i stays row i while generating (not so in beam search).
+        decoding: "auto" = the engine's own loop over a compact cache of fixed shape where it applies and pays,
+            "fast" = that or an error, "plain" = transformers' `generate`.
 
     Raises:
         UserError: an unknown option, or one that can't be honoured.
@@ -50,7 +73,10 @@ class GenerateOptions:
         self, model: Any, options: dict[str, Any], eos_ids: tuple[int, ...], pad_id: int, tokenizer: Any
     ) -> None:
         self._model = model
-        self._options = {key: value for key, value in options.items() if key != "tokenizer"}
+        self._options = {key: value for key, value in options.items() if key not in ("tokenizer", "decoding")}
+        self.decoding = options.get("decoding", "auto")
+        if self.decoding not in DECODING:
+            raise UserError(f"decoding={self.decoding!r} is not a choice.{suggest(str(self.decoding), DECODING)}")
         self._check()
         found = self._value("eos_token_id") if self._given("eos_token_id") else list(eos_ids)
         self.eos_ids = tuple(found) if isinstance(found, list) else () if found is None else (int(found),)
@@ -86,6 +112,39 @@ class GenerateOptions:
         if streamer is not None:
             arguments["streamer"] = streamer
         return Call(arguments, stop)
+
+    def loop_obstacle(self) -> str | None:
+        """What in these options only transformers' `generate` can do; None if the engine's own loop can do it all."""
+        if self._processors or self._options.get("prefix_allowed_tokens_fn") is not None:
+            return "a logits processor"
+        if any(not isinstance(criterion, StopWhen) for criterion in self._criteria):
+            return "a stopping criterion"
+        names = {*vars(GenerationConfig()), *self._options} - {"transformers_version"}
+        for name in sorted(name for name in names if not name.startswith("_") and name not in _LOOP_KNOWS):
+            value = self._value(name)
+            if value is not None and value not in _OFF.get(name, ()):
+                return f"{name}={value!r}"
+        return None
+
+    def token_choice(self) -> TokenChoice:
+        """How the engine's own loop chooses tokens."""
+        return TokenChoice(
+            sample=bool(self._value("do_sample")),
+            temperature=self._value("temperature"),
+            top_k=self._defaulted("top_k", _DEFAULT_TOP_K),
+            top_p=self._value("top_p"),
+            eos_ids=self.eos_ids,
+            min_new_tokens=int(self._value("min_new_tokens") or 0),
+        )
+
+    def stopped(self) -> bool:
+        """Whether a stop was asked for from outside (`StopWhen`); only without other criteria."""
+        return any(criterion.is_set for criterion in self._criteria)
+
+    def _defaulted(self, name: str, default: Any) -> Any:
+        """An option's value where transformers has a default of its own for options that nobody set."""
+        value = self._value(name)
+        return default if value is None and name not in self._options else value
 
     def _check(self) -> None:
         allowed = [name for name in vars(GenerationConfig()) if not name.startswith("_") and name not in _RULED_OUT]
@@ -141,6 +200,10 @@ class StopWhen(StoppingCriteria):
 
     def __init__(self, event: threading.Event) -> None:
         self._event = event
+
+    @property
+    def is_set(self) -> bool:
+        return self._event.is_set()
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         return torch.full((len(input_ids),), self._event.is_set(), device=input_ids.device)

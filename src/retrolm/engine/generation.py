@@ -16,6 +16,7 @@ from .backbone import Backbone
 from .chunk import Chunk
 from .decode import DecodeProgram, build_cache
 from .encoder import Encoder
+from .fast_decode import DecodeRequest, fast_decode_of
 from .generate_options import GenerateOptions, OneStream
 from .prefill import LayerChoice, QueryCapture
 
@@ -28,6 +29,7 @@ class Query:
         table: pages before it. tokens: ids of the page. past: ids of the pages before it, for logits processors.
         choices: per layer, what the first query page attended (later ones replace nothing).
         ended: generation came to an end of its own, not to `max_new_tokens`.
+        decode_path: what generated: the engine's own loop, or transformers' `generate` and why.
     """
 
     table: PageTable
@@ -41,6 +43,7 @@ class Query:
     peak_decode: int = 0
     max_position: int = 0
     cache_bytes: int = 0
+    decode_path: str = ""
     ttft_s: float = 0.0
     tpot_s: float = 0.0
 
@@ -52,6 +55,16 @@ class Query:
                 break
             found = page + found
         return found[max(len(found) - num_tokens, 0) :]
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What was generated behind a round's queries: (tokens, ended) of each sequence, times, and what did it."""
+
+    rows: list[tuple[list[int], bool]]
+    first_at: float
+    finished_at: float
+    path: str
 
 
 class FirstToken(LogitsProcessor):
@@ -166,7 +179,6 @@ class Generator:
             raise
         return ids
 
-    @torch.no_grad()
     def _generate(
         self,
         queries: list[Query],
@@ -177,8 +189,66 @@ class Generator:
         started: float,
     ) -> None:
         backbone = self._encoder.parts.backbone
+        backbone.require_positions(max(capture.end for capture in captures) + num_tokens - 1)
+        found = self._fast(queries, captures, num_tokens, options, streamer)
+        if found is None:
+            found = self._plain(queries, captures, num_tokens, options, streamer)
+        per_query = len(found.rows) // len(queries)
+        for i, (query, capture) in enumerate(zip(queries, captures, strict=True)):
+            own = found.rows[i * per_query : (i + 1) * per_query]
+            _record(query, capture, own, backbone)
+            query.decode_path = found.path
+            query.ttft_s = query.ttft_s or found.first_at - started
+            query.tpot_s = (found.finished_at - found.first_at) / max(len(own[0][0]) - 1, 1)
+
+    def _fast(
+        self,
+        queries: list[Query],
+        captures: list[QueryCapture],
+        num_tokens: int,
+        options: GenerateOptions,
+        streamer: BaseStreamer | None,
+    ) -> Continuation | None:
+        """The engine's own loop, where it applies and is wanted."""
+        fast = fast_decode_of(self._encoder.attachment, self._encoder.parts.backbone)
+        if options.decoding == "plain" or (options.decoding == "auto" and not fast.pays()):
+            return None
+        decoded = None
+        if (options.loop_obstacle() or fast.obstacle()) is None:
+            request = DecodeRequest(
+                captures,
+                [query.tokens[-1] for query in queries],
+                num_tokens,
+                options.token_choice(),
+                options.num_return_sequences,
+                options.stopped,
+                streamer,
+                None if streamer is None else _prompt(queries, captures, options.pad_id),
+            )
+            decoded = fast.run(self._encoder.attachment, request)
+        if decoded is None and options.decoding == "fast":
+            raise UserError(f"decoding='fast' can't be had here: {self._obstacle(options)}. Use decoding='auto'.")
+        if decoded is None:
+            return None
+        rows = [ended(row, options.eos_ids, decoded.stopped_at) for row in decoded.rows]
+        return Continuation(rows, decoded.first_at, decoded.finished_at, decoded.path)
+
+    def _obstacle(self, options: GenerateOptions) -> str | None:
+        fast = fast_decode_of(self._encoder.attachment, self._encoder.parts.backbone)
+        return options.loop_obstacle() or fast.obstacle()
+
+    @torch.no_grad()
+    def _plain(
+        self,
+        queries: list[Query],
+        captures: list[QueryCapture],
+        num_tokens: int,
+        options: GenerateOptions,
+        streamer: BaseStreamer | None,
+    ) -> Continuation:
+        """Transformers' `generate`, with all its features."""
+        backbone = self._encoder.parts.backbone
         ends = [capture.end for capture in captures]
-        backbone.require_positions(max(ends) + num_tokens - 1)
         cache, starts, mask = build_cache(captures, backbone.cache_room(max(ends) - 1, num_tokens))
         if options.num_sequences > 1:
             cache.batch_repeat_interleave(options.num_sequences)
@@ -192,17 +262,18 @@ class Generator:
                 past_key_values=cache,
                 **call.arguments,
             )
-        finished = time.perf_counter()
         rows = out[:, mask.shape[1] :].tolist()
+        finished = time.perf_counter()
         stops = [max(at - mask.shape[1], 0) for at in call.stop.lengths]
         stops = stops if stops and options.keeps_rows else [0] * len(rows)
         found = [ended(row, options.eos_ids, stop) for row, stop in zip(rows, stops, strict=True)]
-        per_query = len(found) // len(queries)
-        for i, (query, capture) in enumerate(zip(queries, captures, strict=True)):
-            own = found[i * per_query : (i + 1) * per_query]
-            _record(query, capture, own, backbone)
-            query.ttft_s = query.ttft_s or first.at - started
-            query.tpot_s = (finished - first.at) / max(len(own[0][0]) - 1, 1)
+        reason = self._obstacle(options)
+        return Continuation(found, first.at, finished, "generate" + (f" ({reason})" if reason else ""))
+
+
+def _prompt(queries: list[Query], captures: list[QueryCapture], pad_id: int) -> Tensor:
+    ends = [capture.end for capture in captures]
+    return _input_ids(queries, ends, max(ends), pad_id)
 
 
 def _input_ids(queries: list[Query], ends: list[int], width: int, pad_id: int) -> Tensor:

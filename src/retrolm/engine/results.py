@@ -62,6 +62,7 @@ class Answer:
         max_position: highest compact position used.
         kv_bytes: {"device", "host"} bytes of stored pages, {"cache"} of the compact cache.
         truncated: generation stopped at `max_new_tokens`.
+        attended_by_layer: most keys attended in each layer, {"prefill", "decode"}; empty for page methods.
     """
 
     text: str
@@ -73,6 +74,8 @@ class Answer:
     kv_bytes: dict[str, int]
     truncated: bool
     notes: tuple[str, ...] = field(default=())
+    decode_path: str = ""
+    attended_by_layer: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def pages(self) -> tuple[PageUse, ...]:

@@ -1,0 +1,249 @@
+"""The engine's own decoding loop: one captured step, replayed per token over a compact cache of fixed shape.
+
+On CUDA a step is a graph, and the host runs some steps ahead of the tokens it reads, so that the device never waits.
+Without CUDA the same loop runs the step directly; it serves as the reference of the graph.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
+
+from .attachment import Attachment
+from .backbone import Backbone
+from .compact_cache import CompactCache, places_for
+from .decode_step import FusedStep, StaticProgram, Step, StockStep, foreign_hook, fused_obstacle
+from .prefill import QueryCapture
+from .token_choice import TokenChoice
+
+LOOKAHEAD = 4  # steps that the host may be ahead of the tokens it has read
+_KEPT = 2  # caches, one per batch size, that stay ready
+_WARM_UPS = 2
+
+
+@dataclass
+class Decoded:
+    """What a run generated.
+
+    Attributes:
+        rows: tokens of each sequence, at most as many as asked for. stopped_at: length at which a stop from outside
+            was seen, or 0. first_at, finished_at: `time.perf_counter()` at the first token and at the end.
+        path: what ran, for reports.
+    """
+
+    rows: list[list[int]]
+    stopped_at: int
+    first_at: float
+    finished_at: float
+    path: str
+
+
+@dataclass
+class DecodeRequest:
+    """What to generate behind query pages.
+
+    Attributes:
+        last_tokens: each query's last token. repeats: sequences per query.
+        stopped: asked once per token; True ends the run. streamer: gets `prompt`, then the tokens [B] of each step.
+    """
+
+    captures: list[QueryCapture]
+    last_tokens: list[int]
+    num_tokens: int
+    choice: TokenChoice
+    repeats: int = 1
+    stopped: Callable[[], bool] = bool
+    streamer: BaseStreamer | None = None
+    prompt: Tensor | None = None
+
+
+class FastDecode:
+    """Decoding of one attached model; keeps caches and graphs for the next answers."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._backbone = backbone
+        self._runners: OrderedDict[int, Runner] = OrderedDict()
+        self._failure: str | None = None
+
+    def obstacle(self) -> str | None:
+        """Why this model can't be decoded here, or None."""
+        backbone = self._backbone
+        if self._failure is not None:
+            return self._failure
+        if backbone.has_switching_rope:
+            return "the RoPE type switches with the length"
+        if len({info.device for info in backbone.layers} | {backbone.device}) > 1:
+            return "the layers are on several devices"
+        return "hooks on the model's modules" if foreign_hook(backbone.model) else None
+
+    def pays(self) -> bool:
+        """Whether this is the default: launching kernels is what decoding on CUDA spends its time on."""
+        return self._backbone.device.type == "cuda"
+
+    @torch.no_grad()
+    def run(self, attachment: Attachment, request: DecodeRequest) -> Decoded | None:
+        """Generate; None if the step can't be captured here, which `obstacle` then explains."""
+        batch = len(request.captures) * request.repeats
+        places = places_for(request.captures, request.num_tokens)
+        runner = self._runners.get(batch)
+        if runner is None or runner.cache.places < places:
+            self._runners.pop(batch, None)
+            while len(self._runners) >= _KEPT:
+                self._runners.popitem(last=False)
+            runner = Runner(self._backbone, batch, places)
+            self._runners[batch] = runner
+        self._runners.move_to_end(batch)
+        with attachment.run(runner.program):
+            if not self._prepared(runner):
+                del self._runners[batch]
+                return None
+            runner.cache.fill(request.captures, request.last_tokens, request.repeats)
+            if request.streamer is not None:
+                request.streamer.put(request.prompt)
+            decoded = _loop(runner, request)
+        if request.streamer is not None:
+            request.streamer.end()
+        return decoded
+
+    def release(self) -> None:
+        """Give caches and graphs back."""
+        self._runners.clear()
+
+    def _prepared(self, runner: Runner) -> bool:
+        try:
+            runner.prepare()
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            self._failure = f"capturing a CUDA graph failed: {reason}"
+            warnings.warn(f"Decoding goes on without CUDA graphs: {self._failure}", RuntimeWarning, stacklevel=2)
+            return False
+        return True
+
+
+def fast_decode_of(attachment: Attachment, backbone: Backbone) -> FastDecode:
+    """The `FastDecode` that belongs to an attachment."""
+    if attachment not in _OF:
+        _OF[attachment] = FastDecode(backbone)
+    return _OF[attachment]
+
+
+_OF: WeakKeyDictionary[Attachment, FastDecode] = WeakKeyDictionary()
+
+
+class Runner:
+    """One cache and the step over it, captured as a graph on CUDA.
+
+    Attributes:
+        path: what runs, for reports.
+    """
+
+    def __init__(self, backbone: Backbone, batch: int, places: int, fused: bool | None = None) -> None:
+        self.cache = CompactCache(backbone, batch, places)
+        self.program = StaticProgram(backbone, self.cache)
+        fused = fused_obstacle(backbone) is None if fused is None else fused
+        self._step: Step = FusedStep(backbone, self.cache) if fused else StockStep(backbone, self.cache)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: Tensor | None = None
+        self._on_cuda = backbone.device.type == "cuda"
+        self._device = backbone.device
+        self.path = f"{self._step.layers}, {'CUDA graph' if self._on_cuda else 'no graph'}"
+
+    def prepare(self) -> None:
+        """Capture the step, once; changes what is in the cache. Needs `program` to be running."""
+        if not self._on_cuda or self._graph is not None:
+            return
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.cache.index.zero_()
+                self.cache.positions_B.zero_()
+                for _ in range(_WARM_UPS):
+                    self._step()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._logits = self._step()
+            self._graph = graph
+
+    def step(self) -> Tensor:
+        """Logits [B, vocabulary] of the next step; overwritten by the one after it."""
+        if self._graph is None or self._logits is None:
+            return self._step()
+        self._graph.replay()
+        return self._logits
+
+
+class _Tape:
+    """Generated tokens on their way to the host, without making the device wait."""
+
+    def __init__(self, num_steps: int, batch: int, device: torch.device) -> None:
+        self._on_cuda = device.type == "cuda"
+        self._rows = torch.empty(num_steps, batch, dtype=torch.int64, pin_memory=self._on_cuda)
+        self._events: list[torch.cuda.Event] = []
+
+    def put(self, step: int, tokens_B: Tensor) -> None:
+        self._rows[step].copy_(tokens_B, non_blocking=True)
+        if self._on_cuda:
+            event = torch.cuda.Event()
+            event.record()
+            self._events.append(event)
+
+    def get(self, step: int) -> Tensor:
+        """Tokens [B] of a step, once they are there."""
+        if self._on_cuda:
+            self._events[step].synchronize()
+        return self._rows[step]
+
+
+class _Reader:
+    """Reads tokens as they come: streams them, notes the time of the first, and when all rows have ended."""
+
+    def __init__(self, tape: _Tape, batch: int, request: DecodeRequest) -> None:
+        self._tape = tape
+        self._request = request
+        self._open = torch.ones(batch, dtype=torch.bool)
+        self._ends = torch.tensor(request.choice.eos_ids, dtype=torch.int64)
+        self.num_read = 0
+        self.stopped_at = 0
+        self.first_at = 0.0
+
+    def read(self, up_to: int) -> bool:
+        """Read tokens until `up_to` steps are read; True once nothing more is wanted."""
+        while self.num_read < up_to and not self.stopped_at and bool(self._open.any()):
+            tokens_B = self._tape.get(self.num_read)
+            self.first_at = self.first_at or time.perf_counter()
+            self.num_read += 1
+            if self._request.streamer is not None:
+                self._request.streamer.put(tokens_B.clone())
+            self._open &= ~torch.isin(tokens_B, self._ends)
+            if self._request.stopped():
+                self.stopped_at = self.num_read
+        return bool(self.stopped_at) or not bool(self._open.any())
+
+
+def _loop(runner: Runner, request: DecodeRequest) -> Decoded:
+    cache, device = runner.cache, runner.cache.tokens_B.device
+    tape = _Tape(request.num_tokens, cache.batch, device)
+    reader = _Reader(tape, cache.batch, request)
+    ahead = LOOKAHEAD if device.type == "cuda" else 0
+    for step in range(request.num_tokens):
+        tokens_B = request.choice(runner.step(), step)
+        cache.tokens_B.copy_(tokens_B)
+        tape.put(step, tokens_B)
+        # The first token is read at once: it is what a user waits for.
+        if reader.read(step + 1 - ahead if step else 1):
+            break
+    else:
+        reader.read(request.num_tokens)
+    finished_at = time.perf_counter()
+    rows = torch.stack([tape.get(step) for step in range(reader.num_read)], 1).tolist()
+    return Decoded(rows, reader.stopped_at, reader.first_at, finished_at, runner.path)
