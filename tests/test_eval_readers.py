@@ -9,9 +9,10 @@ import torch
 
 from retrolm.engine.stock import can_join, stock_answers
 from retrolm.errors import UserError
-from retrolm.evaluation.readers import BudgetError, FullReader, Prediction, RetroReader, prompt_of
+from retrolm.evaluation.readers import Prediction, RetroReader, prompt_of
 from retrolm.evaluation.stopping import StopAfter, cut_answer, stop_strings
 from retrolm.evaluation.tasks import render
+from retrolm.methods import METHODS, BudgetError
 from tiny_eval import story_sample, tiny_lm
 from tiny_tokenizer import tiny_tokenizer
 
@@ -36,7 +37,8 @@ def test_the_engine_and_dense_attention_see_the_same_ids() -> None:
     """With a budget that holds the text both are the stock model."""
     lm = tiny_lm(kv_budget=400)
     ours = RetroReader(lm).answer(SAMPLES)
-    dense = FullReader(lm).answer(SAMPLES)
+    lm.detach()
+    dense = RetroReader(tiny_lm(method="full")).answer(SAMPLES)
     assert texts(ours) == texts(dense)
     assert [p.num_tokens for p in ours] == [p.num_tokens for p in dense] == [len(prompt_of(lm, s).ids) for s in SAMPLES]
     assert all(p.attended_tokens["decode"] == p.num_tokens + p.num_generated - 1 for p in dense)
@@ -81,13 +83,13 @@ def test_pages_go_back_to_the_store_and_are_kept_on_demand() -> None:
 
 
 def test_attending_more_than_the_budget_is_an_error() -> None:
-    reader = RetroReader(tiny_lm())
+    method = METHODS.get("retrolm")()
     allowed = {"prefill": 64, "decode": 69}
-    reader._check_budget(allowed, num_tokens=200, num_generated=6)
-    reader._check_budget({"prefill": 90, "decode": 90}, num_tokens=60, num_generated=1)
+    method.check_attended(allowed, num_tokens=200, num_generated=6, allowed=64)
+    method.check_attended({"prefill": 90, "decode": 90}, num_tokens=60, num_generated=1, allowed=64)
     for attended in ({"prefill": 65, "decode": 65}, {"prefill": 64, "decode": 70}):
         with pytest.raises(BudgetError, match="budget is 64"):
-            reader._check_budget(attended, num_tokens=200, num_generated=6)
+            method.check_attended(attended, num_tokens=200, num_generated=6, allowed=64)
 
 
 @pytest.mark.parametrize(
@@ -128,12 +130,12 @@ def test_rows_stop_one_by_one_and_not_in_the_prompt() -> None:
     assert found == [[False, False], [False, False], [False, True]]
 
 
-@pytest.mark.parametrize("reader", [FullReader, RetroReader])
-def test_generation_ends_at_a_stop_string(reader: type[FullReader] | type[RetroReader]) -> None:
-    lm = tiny_lm()
-    (free,) = reader(lm).answer([story_sample(0)])
+@pytest.mark.parametrize("method", ["full", "retrolm"])
+def test_generation_ends_at_a_stop_string(method: str) -> None:
+    reader = RetroReader(tiny_lm(method=method))
+    (free,) = reader.answer([story_sample(0)])
     letter = free.text[2]
-    (stopped,) = reader(lm).answer([story_sample(0, extra={"stop": [letter]})])
+    (stopped,) = reader.answer([story_sample(0, extra={"stop": [letter]})])
     assert stopped.text == free.text[: free.text.index(letter)].rstrip()
     assert stopped.num_generated < free.num_generated
 

@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from retrolm.errors import UserError
 from retrolm.evaluation.answering import attempt
 from retrolm.evaluation.journal import Journal, read_lines, write_whole
-from retrolm.evaluation.readers import FULL, BudgetError, Prediction, RetroReader
+from retrolm.evaluation.readers import Prediction, RetroReader
 from retrolm.evaluation.rows import cells_of, sample_key
 from retrolm.evaluation.runner import CELLS_FILE, SAMPLES_FILE, Runner, batches
 from retrolm.evaluation.tasks import EvalSample
 from retrolm.evaluation.variants import Variant, VariantLoader, variants_of
+from retrolm.methods import BudgetError
 from tiny_eval import CONFIG, VARIANTS, run_stories, story_sample, story_set, tiny_answerer, tiny_lm
 
 SAMPLE_KEYS = {
@@ -210,9 +211,9 @@ def test_only_equal_settings_share_a_batch() -> None:
 
 
 def test_variants_are_only_what_differs() -> None:
-    found = variants_of([FULL, "recency", "retrolm"], [64, 128], ["auto", "none"])
+    found = variants_of(["full", "recency", "retrolm"], [64, 128], ["auto", "none"])
     assert len(found) == 1 + 2 + 4
-    assert found[0] == Variant(FULL)
+    assert found[0] == Variant("full")
     with pytest.raises(UserError, match="Did you mean 'recency'"):
         variants_of(["recenc"], [64], ["auto"])
 

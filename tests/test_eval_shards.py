@@ -18,10 +18,12 @@ from retrolm.errors import UserError
 from retrolm.evaluation.answering import Answered, Batch, LocalAnswerer
 from retrolm.evaluation.journal import read_lines
 from retrolm.evaluation.ray_shards import RayShards, shard_resources
-from retrolm.evaluation.readers import BudgetError, Prediction
+from retrolm.evaluation.readers import Prediction
 from retrolm.evaluation.runner import SAMPLES_FILE, Runner
 from retrolm.evaluation.shards import MAX_LOSSES, LostShardError, share_out
 from retrolm.evaluation.variants import Variant
+from retrolm.methods import BudgetError
+from retrolm.methods import BudgetError
 from tiny_eval import PROVENANCE, VARIANTS, run_stories, story_sample, story_set, tiny_answerer
 
 ANSWER = Prediction("e", 9, 1, False, {"prefill": 9, "decode": 9}, 0.1, 0.1)

@@ -35,13 +35,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> HarnessModel:
 
 def test_at_full_budget_continuations_are_the_stock_models() -> None:
     ours = PlainPrompts(tiny_lm(kv_budget=400)).continue_all(PROMPTS, 7)
-    dense = PlainPrompts(tiny_lm(), full=True).continue_all(PROMPTS, 7)
+    dense = PlainPrompts(tiny_lm(method="full")).continue_all(PROMPTS, 7)
     assert ours == dense and all(dense)
 
 
 def test_log_likelihoods_are_the_stock_models_at_full_budget() -> None:
     lm = tiny_lm(kv_budget=400)
-    ours, dense = PlainPrompts(lm), PlainPrompts(tiny_lm(), full=True)
+    ours, dense = PlainPrompts(lm), PlainPrompts(tiny_lm(method="full"))
     for context, continuation in [(STORY[:200], " The captain"), ("", "Nobody spoke."), ("It was ", "late")]:
         left, right = ours.log_likelihood(context, continuation), dense.log_likelihood(context, continuation)
         assert left[0] == pytest.approx(right[0], abs=1e-3) and left[1] == right[1]
@@ -51,7 +51,7 @@ def test_log_likelihoods_are_the_stock_models_at_full_budget() -> None:
 
 
 def test_log_likelihood_is_the_sum_over_the_continuation() -> None:
-    prompts = PlainPrompts(tiny_lm(), full=True)
+    prompts = PlainPrompts(tiny_lm(method="full"))
     lm = prompts._lm
     context, continuation = "Nobody spoke.", " The captain"
     start, ids = len(prompts.ids(context)), prompts.ids(context + continuation)
@@ -62,7 +62,7 @@ def test_log_likelihood_is_the_sum_over_the_continuation() -> None:
 
 
 def test_the_greedy_continuation_is_known_as_such() -> None:
-    prompts = PlainPrompts(tiny_lm(), full=True)
+    prompts = PlainPrompts(tiny_lm(method="full"))
     ids = prompts.ids(STORY[:200])
     logits = prompts._lm.model(torch.tensor([ids])).logits[0, -1]
     best, worst = int(logits.argmax()), int(logits.argmin())

@@ -13,10 +13,11 @@ from torch import Tensor
 from retrolm.config import RetroConfig
 from retrolm.engine.model import RetroLM
 from retrolm.errors import UserError
-from retrolm.methods import METHODS, PageTensors, choose_pages
+from retrolm.methods import METHODS, PageTensors, choose_pages, page_method
 from tiny_models import random_ids, tiny_model
 
 N, W, H, K, D = 5, 6, 6, 2, 8
+PAGE_METHODS = [name for name in METHODS if METHODS.get(name).kind == "pages"]
 
 
 def page_tensors(dtype: torch.dtype = torch.float64) -> PageTensors:
@@ -38,7 +39,7 @@ def page_tensors(dtype: torch.dtype = torch.float64) -> PageTensors:
 
 
 def scores_of(name: str, pages: PageTensors) -> Tensor:
-    method = METHODS.get(name)()
+    method = page_method(name)()
     return method.score(method.probe(pages), method.digest(pages))
 
 
@@ -70,7 +71,7 @@ def test_scores_equal_loops(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("name", PAGE_METHODS)
 def test_every_method_scores_pages_of_any_dtype(name: str, dtype: torch.dtype) -> None:
     found = scores_of(name, page_tensors(dtype))
     assert found.shape == (N, N) and found.isfinite().all()
@@ -85,7 +86,7 @@ def test_every_method_says_what_it_is(name: str) -> None:
 
 def test_random_scores_spread_evenly_and_differ_by_layer() -> None:
     pages = page_tensors()
-    method = METHODS.get("random")()
+    method = page_method("random")()
     pages.ordinals = torch.arange(N) + 400
     digests = (torch.arange(400)[:, None] + 1).double()
     scores = method.score(method.probe(pages), digests)
@@ -94,7 +95,7 @@ def test_random_scores_spread_evenly_and_differ_by_layer() -> None:
     assert not torch.equal(method.score(method.probe(pages), digests), scores)
 
 
-@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("name", PAGE_METHODS)
 def test_every_method_reads_any_chunking_alike(name: str) -> None:
     model, ids = tiny_model("qwen2"), random_ids(90)
     found = []
@@ -109,7 +110,7 @@ def test_every_method_reads_any_chunking_alike(name: str) -> None:
 def test_methods_differ() -> None:
     model, ids = tiny_model("llama"), random_ids(120)
     logits = [
-        RetroLM(model, config=RetroConfig(kv_budget=40, page_size=8), method=name).logits(ids) for name in METHODS
+        RetroLM(model, config=RetroConfig(kv_budget=40, page_size=8), method=name).logits(ids) for name in PAGE_METHODS
     ]
     for i, one in enumerate(logits):
         assert all((one - other).abs().max() > 1e-2 for other in logits[:i])
@@ -118,6 +119,8 @@ def test_methods_differ() -> None:
 def test_unknown_method() -> None:
     with pytest.raises(UserError, match=r"Unknown method 'retrolmm'.* Did you mean 'retrolm'"):
         METHODS.get("retrolmm")
+    with pytest.raises(UserError, match="'full' doesn't choose pages.*mean_key"):
+        page_method("full")
 
 
 # --- choosing ------------------------------------------------------------------------------------------------------

@@ -62,9 +62,9 @@ def story_set(num_samples: int = 5) -> SampleSet:
     return SampleSet(task, None, task.samples(tiny_tokenizer()))
 
 
-def tiny_lm(name: str = "llama", chat: bool = True, **options: Any) -> RetroLM:
+def tiny_lm(name: str = "llama", chat: bool = True, method: str = "retrolm", **options: Any) -> RetroLM:
     model = tiny_model(name, vocab_size=600, dtype=torch.float32)
-    return RetroLM(model, tiny_tokenizer(chat), config=CONFIG.replace(**options))
+    return RetroLM(model, tiny_tokenizer(chat), config=CONFIG.replace(**options), method=method)
 
 
 def tiny_answerer() -> LocalAnswerer:

@@ -1,4 +1,4 @@
-"""`retrolm methods`: the page-selection methods."""
+"""`retrolm methods`: all methods, what they attend and what they keep."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from .screen import print_json, show_table
 
 
 def command(as_json: JsonFlag = False) -> None:
-    """List the page-selection methods that --method takes."""
+    """List the methods that --method takes, with what their budget is spent on and what they keep in memory."""
     from ..methods import METHODS
 
-    found = [METHODS.get(name) for name in METHODS]
+    found = [METHODS.get(name).describe() for name in METHODS]
     if as_json:
-        keys = ("name", "summary", "paper", "needs_bookmarks")
-        print_json([{key: getattr(method, key) for key in keys} for method in found])
+        print_json(found)
         return
-    show_table(("method", "how it chooses pages", "paper"), [(m.name, m.summary, m.paper) for m in found])
+    keys = ("name", "kind", "prefill", "budget_split", "keeps", "paper")
+    show_table(("method", "kind", "prefill", "budget", "keeps", "paper"), [[m[key] for key in keys] for m in found])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class Document:
     token_ids: list[list[int]]
     prefill_s: float
     peak_attended: int
+    is_cached: ClassVar[bool] = True
     _closed: bool = False
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from transformers import TextGenerationPipeline, TextIteratorStreamer
 
 from ..config import RetroConfig
 from ..errors import UserError
-from ..methods import METHODS
+from ..methods import METHODS, PageMethod
 from ..paging import PageTable, page_lengths
 from ..retriever import PageRetriever, load_retriever
 from ..store import DigestIndex, PageLayout, PageStore, ResidentStore, TieredStore
+from . import answer_dense, answer_pages  # noqa: F401  (each files its program)
+from .answering import PROGRAMS, Prompt
 from .answers import build_answer, build_retrieval
 from .adapter import LoraAdapter, load_adapter
 from .attachment import Attachment
@@ -49,7 +51,7 @@ class RetroLM:
     Args:
         model: a transformers causal language model of a supported family.
         tokenizer: its tokenizer; None if only token ids are read.
-        config: budget and options. method: name of the page-selection method.
+        config: budget and options. method: name of the method. method_options: its knobs.
         retriever: trained page retriever, or None for the untrained copy (the paper's "w/o Stage1").
         chat: put documents into the chat template; None = if the tokenizer has one.
     """
@@ -61,21 +63,25 @@ class RetroLM:
         *,
         config: RetroConfig | None = None,
         method: str = "retrolm",
+        method_options: Mapping[str, Any] | None = None,
         retriever: PageRetriever | None = None,
         chat: bool | None = None,
     ) -> None:
         self.config = config or RetroConfig()
         self.tokenizer = tokenizer
-        self.method = METHODS.get(method)()
+        self.method = METHODS.get(method).with_options(method_options)
         self.retriever: PageRetriever | None = None
         self.adapter: LoraAdapter | None = None
         self.model = model
-        self.backbone = Backbone(model, self.config.kv_budget + self.config.page_size)
-        if self.config.kv_budget > self.backbone.window:
+        self.backbone = Backbone(model, self._position_limit())
+        if self.method.has_budget and self.config.kv_budget > self.backbone.window:
             raise UserError(
                 f"kv_budget={self.config.kv_budget} exceeds the model's window of {self.backbone.window} positions. "
                 f"Use at most {self.backbone.window}."
             )
+        if self.method.has_budget:
+            self.method.check_budget(self.config.kv_budget)
+        self.program = PROGRAMS.get(self.method.kind)(self)
         self.attachment = Attachment(self.backbone)
         self.format: PromptFormat | None = None if tokenizer is None else prompt_format(tokenizer, chat)
         self.eos_ids = eos_ids(model.generation_config, self.backbone.config, tokenizer)
@@ -92,6 +98,7 @@ class RetroLM:
         retriever: str | Path | None = "auto",
         adapter: str | Path | None = None,
         method: str = "retrolm",
+        method_options: Mapping[str, Any] | None = None,
         dtype: str | torch.dtype = "auto",
         device_map: Any = None,
         chat: bool | None = None,
@@ -105,6 +112,7 @@ class RetroLM:
             retriever: folder of a trained page retriever; "auto" = the one shipped for this backbone, if any;
                 None = untrained.
             adapter: folder of a LoRA adapter (stage 2, or PEFT's); bookmark rows go past it.
+            method: name of the method (`retrolm methods`). method_options: its knobs.
             dtype, device_map: as transformers' `from_pretrained`; by default a CUDA device is used if there is one.
             model_options: further arguments for transformers' `from_pretrained` (quantization_config, …).
             options: fields of `RetroConfig` (kv_budget, page_size, …).
@@ -114,10 +122,10 @@ class RetroLM:
             IncompatibleRetrieverError: the retriever belongs to another backbone.
         """
         config = RetroConfig.from_options(options)
-        METHODS.get(method)
+        METHODS.get(method).with_options(method_options)
         folder = resolve_model(str(model))
         loaded, tokenizer = load_model(folder, dtype, device_map, model_options or {})
-        lm = cls(loaded, tokenizer, config=config, method=method, chat=chat)
+        lm = cls(loaded, tokenizer, config=config, method=method, method_options=method_options, chat=chat)
         path = find_shipped(lm.backbone) if retriever == "auto" else retriever and resolve_retriever(str(retriever))
         if path is not None:
             lm.use_retriever(path)
@@ -170,24 +178,32 @@ class RetroLM:
             progress: called with (pages done, pages in all) after each chunk.
 
         Returns:
-            A `Document`, or a list of them.
+            A `Document`, or a list of them; a `PromptDocument` with methods that take each prompt as a whole.
 
         Raises:
             UserError: nothing to read, or a file that can't be.
         """
         if isinstance(source, list) and not _is_ids(source):
-            return self._read(source, progress)
-        return self._read([source], progress)[0]
+            if not source:
+                raise UserError("Nothing to read: the list of texts is empty.")
+            return self.program.read(source, progress)
+        return self.program.read([source], progress)[0]
 
-    def _read(self, sources: list[Any], progress: Progress | None) -> list[Document]:
-        if not sources:
-            raise UserError("Nothing to read: the list of texts is empty.")
-        inputs = [self._tokenise(source) for source in sources]
-        prefix, joined = self.split_head()
+    def read_pages(
+        self, sources: list[Any], progress: Progress | None = None, heads: Sequence[Sequence[int]] | None = None
+    ) -> list[Document]:
+        """Read texts side by side, page by page, as `read` does for page methods.
+
+        Args:
+            heads: ids that stand before each text; None = BOS and the chat template's head.
+        """
+        inputs = [self.tokenise(source) for source in sources]
+        splits = [self.split_head(head) for head in heads or [None] * len(inputs)]
         started = time.perf_counter()
-        pages = [self._cut(prefix, joined + ids) for _, ids, _ in inputs]
+        pages = [self._cut(prefix, joined + ids) for (prefix, joined), (_, ids, _) in zip(splits, inputs, strict=True)]
         store = self._new_store(sum(map(len, pages)))
-        texts = [self._paged(store, cut, len(page_lengths(len(prefix), self.config.page_size))) for cut in pages]
+        sinks = [len(page_lengths(len(prefix), self.config.page_size)) for prefix, _ in splits]
+        texts = [self._paged(store, cut, num_prefix) for cut, num_prefix in zip(pages, sinks, strict=True)]
         encoder = self._encoder(store)
         results = encoder.read(texts, progress)
         self._wait()
@@ -199,13 +215,17 @@ class RetroLM:
         ]
 
     def logits(self, input_ids: Tensor) -> Tensor:
-        """Next-token logits [T, vocabulary] at each of `input_ids` int64 [T], read page by page on the budget."""
+        """Next-token logits [T, vocabulary] at each of `input_ids` int64 [T], read with the method on its budget."""
+        return self.program.logits(input_ids)
+
+    def page_logits(self, input_ids: Tensor) -> Tensor:
+        """`logits` of page methods: the text is read page by page."""
         cut = self._cut([], input_ids.tolist())
         store = self._new_store(len(cut))
         results = self._encoder(store).read([self._paged(store, cut, 0)], logits=True)
         return torch.cat([result.logits for result in results if result.logits is not None])
 
-    def _tokenise(self, source: Any) -> tuple[str | None, list[int], list[tuple[int, int]]]:
+    def tokenise(self, source: Any) -> tuple[str | None, list[int], list[tuple[int, int]]]:
         """Text, ids and character offsets of one source."""
         if isinstance(source, Path):
             source = read_text_file(source)
@@ -233,9 +253,10 @@ class RetroLM:
                 f"Token id {outside[0]} is outside the model's vocabulary of {size}. Is it another tokenizer's?"
             )
 
-    def split_head(self) -> tuple[list[int], list[int]]:
-        """What stands before every text: ids with pages of their own, and ids joined to the text."""
-        head = list(self.format.prefix_ids) if self.format else []
+    def split_head(self, head: Sequence[int] | None = None) -> tuple[list[int], list[int]]:
+        """What stands before a text (by default BOS and the template's head): ids with pages of their own, and ids
+        joined to the text."""
+        head = list(self.format.prefix_ids if self.format else ()) if head is None else list(head)
         return (head, []) if self.config.prefix_page else ([], head)
 
     def _cut(self, prefix: list[int], ids: list[int]) -> list[list[int]]:
@@ -278,6 +299,8 @@ class RetroLM:
         return store
 
     def _encoder(self, store: PageStore) -> Encoder:
+        if not isinstance(self.method, PageMethod):
+            raise UserError(f"This works on pages, which method {self.method.name!r} doesn't have. Use a page method.")
         parts = PrefillParts(self.backbone, self.config, self.retriever, self.method, store, DigestIndex())
         return Encoder(parts, self.attachment, self._bookmark, self.pad_id)
 
@@ -285,7 +308,7 @@ class RetroLM:
 
     def ask_batch(
         self,
-        pairs: Sequence[tuple[Document, str | Sequence[int]]],
+        pairs: Sequence[tuple[Any, str | Sequence[int]]],
         *,
         max_new_tokens: int = 64,
         raw: bool = False,
@@ -296,6 +319,31 @@ class RetroLM:
         A question given as token ids is taken as it stands, up to where the answer begins. Documents that were read
         together are answered in one batch; others one after the other.
         """
+        return self.program.ask(pairs, max_new_tokens, raw, **options)
+
+    def answer(self, prompts: Sequence[Prompt], *, max_new_tokens: int = 64, **options: Any) -> list[Answer]:
+        """Answer whole prompts side by side, with any method; the same as one at a time. Nothing is kept.
+
+        Args:
+            options: passed to transformers' `generate`.
+
+        Raises:
+            UserError: an option that can't be honoured, or a prompt that can't be served from the budget;
+            BudgetError: the method attended more than its budget.
+        """
+        answers = self.program.answer(prompts, max_new_tokens, **options)
+        for prompt, found in zip(prompts, answers, strict=True):
+            self.program.check_attended(found, len(prompt.ids))
+        return answers
+
+    def ask_pages(
+        self,
+        pairs: Sequence[tuple[Document, str | Sequence[int]]],
+        max_new_tokens: int,
+        raw: bool,
+        **options: Any,
+    ) -> list[Answer]:
+        """`ask_batch` of page methods."""
         checked = self._answer_options(options)
         for document, _ in pairs:
             document.require_open()
@@ -348,7 +396,7 @@ class RetroLM:
         return [token for token in query.generated[start:] if token not in self.eos_ids]
 
     def stream(
-        self, document: Document, question: str, *, max_new_tokens: int, raw: bool = False, **options: Any
+        self, document: Any, question: str, *, max_new_tokens: int, raw: bool = False, **options: Any
     ) -> Iterator[str]:
         """Yield the answer's text as it is generated; errors of the generating thread are raised here.
 
@@ -469,6 +517,12 @@ class RetroLM:
 
     def _options(self, options: dict[str, Any], eos_ids: tuple[int, ...]) -> GenerateOptions:
         return GenerateOptions(self.model, options, eos_ids, self.pad_id, self.tokenizer)
+
+    def _position_limit(self) -> int:
+        """Positions that will be used at most, which decides between frequency sets (longrope)."""
+        if self.method.true_positions:
+            return int(self.model.config.get_text_config().max_position_embeddings)
+        return self.config.kv_budget + self.config.page_size
 
     def _bookmark_row(self) -> Tensor:
         """The bookmark embedding [hidden], trained or not."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import RetroConfig
-from ..methods import METHODS, PageMethod, PageTensors, choose_pages
+from ..methods import PageMethod, PageTensors, choose_pages, page_method
 from ..ops.attention import attend
 from ..ops.rotary import rotate, unscaled
 from ..paging import PageTable
@@ -70,7 +70,7 @@ class PrefillParts:
         """The first layers' bookmarks tie, so they choose by recency or by mean keys (D7)."""
         if layer >= self.config.num_skip_layers:
             return self.method
-        return METHODS.get("mean_key" if self.config.first_layer_mode == "mean_key" else "recency")()
+        return page_method("mean_key" if self.config.first_layer_mode == "mean_key" else "recency")()
 
     def scores_pages(self, layer: int) -> bool:
         """Whether a layer's choice rests on scores, not just on recency."""

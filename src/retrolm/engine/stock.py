@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,9 @@ from transformers import DynamicCache
 
 from .generate_options import GenerateOptions
 from .generation import FirstToken, ended
-from .model import RetroLM
+
+if TYPE_CHECKING:
+    from .model import RetroLM
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,7 @@ def stock_answers(
     checked = GenerateOptions(lm.model, options, lm.eos_ids, lm.pad_id, lm.tokenizer)
     started, first = time.perf_counter(), FirstToken()
     width = max(map(len, prompts))
-    input_ids = torch.full((len(prompts), width), lm.pad_id)
-    for row, ids in zip(input_ids, prompts, strict=True):
-        row[width - len(ids) :] = torch.tensor(ids)
-    mask = torch.arange(width) >= torch.tensor([width - len(ids) for ids in prompts])[:, None]
+    input_ids, mask = left_padded(prompts, lm.pad_id, width)
     call = checked.call(max_new_tokens, first, None)
     out = lm.model.generate(
         input_ids=input_ids.to(lm.device),
@@ -74,7 +73,7 @@ def stock_answers(
     steps = max(out.shape[1] - width - 1, 1)
     return [
         StockAnswer(
-            text=lm.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+            text=lm.tokenizer.decode(tokens, skip_special_tokens=True).strip() if lm.tokenizer else "",
             token_ids=tuple(tokens),
             num_attended=len(ids) + max(len(tokens) - 1, 0),
             ttft_s=first.at - started,
@@ -83,6 +82,14 @@ def stock_answers(
         )
         for ids, (tokens, over) in zip(prompts, found, strict=True)
     ]
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad_id: int, width: int) -> tuple[Tensor, Tensor]:
+    """Token ids int64 [B, width] of prompts that end together, and where they stand, bool [B, width]."""
+    input_ids = torch.full((len(prompts), width), pad_id)
+    for row, ids in zip(input_ids, prompts, strict=True):
+        row[width - len(ids) :] = torch.tensor(ids)
+    return input_ids, torch.arange(width) >= torch.tensor([width - len(ids) for ids in prompts])[:, None]
 
 
 def can_join(lm: RetroLM) -> bool:

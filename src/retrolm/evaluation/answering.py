@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..engine.memory import PeakMemory
-from .readers import BudgetError, Prediction, Reader
+from ..methods import BudgetError
+from .readers import Prediction, Reader
 from .tasks import EvalSample
 from .variants import OpenVariant, Variant, VariantLoader
 

@@ -39,7 +39,7 @@ class HarnessModel:
     """What lm-eval asks of a model. `requests` are lm-eval's instances: objects with their arguments as `args`.
 
     Args:
-        pretrained: model name or folder. method: "full" or a page-selection method. retriever: as `from_pretrained`.
+        pretrained: model name or folder. method: see `retrolm methods`. retriever: as `from_pretrained`.
         batch_size: prompts continued side by side. device: "cuda" or "cpu"; None = a GPU if there is one.
         options: fields of `RetroConfig` (kv_budget, page_size, …).
     """
@@ -55,17 +55,16 @@ class HarnessModel:
         device: str | None = None,
         **options: Any,
     ) -> None:
-        full = method == "full"
         lm = RetroLM.from_pretrained(
             pretrained,
-            method="recency" if full else method,
-            retriever=None if full or retriever == "none" else retriever,
+            method=method,
+            retriever=None if retriever == "none" else retriever,
             dtype=dtype,
             device_map=_device(device),
             **options,
         )
         self.tokenizer = lm.tokenizer
-        self._prompts = PlainPrompts(lm, full)
+        self._prompts = PlainPrompts(lm)
         self._batch_size = int(batch_size or 1) if str(batch_size or 1).isdecimal() else 1
         self._name = pretrained
 

@@ -10,24 +10,19 @@ from collections.abc import Sequence
 
 import torch
 
+from ..engine.answering import Prompt
 from ..engine.model import RetroLM
 from ..engine.prompts import prompt_format
-from ..engine.stock import stock_answers
 from ..errors import UserError
 from .readers import GREEDY
 from .stopping import StopAfter
 
 
 class PlainPrompts:
-    """Greedy continuations and log-likelihoods of plain prompts by one engine.
+    """Greedy continuations and log-likelihoods of plain prompts by one engine."""
 
-    Args:
-        full: dense attention by the stock model instead of the engine's method.
-    """
-
-    def __init__(self, lm: RetroLM, full: bool = False) -> None:
+    def __init__(self, lm: RetroLM) -> None:
         self._lm = lm
-        self._full = full
         self._plain = prompt_format(lm.tokenizer, chat=False)
         lm.format = dataclasses.replace(self._plain, prefix_ids=())
 
@@ -48,23 +43,14 @@ class PlainPrompts:
         options = {"max_new_tokens": max_new_tokens, **GREEDY}
         if stops:
             options["stopping_criteria"] = [StopAfter(self._lm.tokenizer, stops, keep_spaces=True)]
-        tokens = self._stock(rows, options) if self._full else self._paged(rows, options)
+        answers = self._lm.answer([self._prompt(ids) for ids in rows], **options)  # type: ignore[arg-type]
+        tokens = [list(answer.token_ids) for answer in answers]
         texts = self._lm.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [cut_at(text, stops) for text in texts]
 
-    def _stock(self, rows: list[list[int]], options: dict[str, object]) -> list[list[int]]:
-        return [list(answer.token_ids) for answer in stock_answers(self._lm, rows, **options)]  # type: ignore[arg-type]
-
-    def _paged(self, rows: list[list[int]], options: dict[str, object]) -> list[list[int]]:
-        sizes = [min(self._lm.config.page_size, len(ids) - 1) for ids in rows]
-        documents = self._lm.read([ids[:-size] for ids, size in zip(rows, sizes, strict=True)])
-        questions = [ids[-size:] for ids, size in zip(rows, sizes, strict=True)]
-        try:
-            answers = self._lm.ask_batch(list(zip(documents, questions, strict=True)), **options)  # type: ignore[arg-type]
-        finally:
-            for document in documents:
-                document.close()
-        return [list(answer.token_ids) for answer in answers]
+    def _prompt(self, ids: list[int]) -> Prompt:
+        size = min(self._lm.config.page_size, len(ids) - 1)
+        return Prompt((), tuple(ids[:-size]), tuple(ids[-size:]))
 
     def log_likelihood(self, context: str, continuation: str) -> tuple[float, bool]:
         """Log-probability of a continuation, and whether it is the greedy one.
@@ -85,7 +71,7 @@ class PlainPrompts:
         if start == 0:
             ids, start = [self._lm.eos_ids[0], *ids], 1
         inputs = torch.tensor(ids, device=self._lm.device)
-        logits = self._lm.model(inputs[None]).logits[0] if self._full else self._lm.logits(inputs)
+        logits = self._lm.logits(inputs)
         scores = logits[start - 1 : -1].float().log_softmax(-1)
         targets = inputs[start:].to(scores.device)
         greedy = bool((scores.argmax(-1) == targets).all())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,9 @@ import torch
 from ..config import RetroConfig
 from ..engine.model import RetroLM
 from ..engine.shipped import find_shipped, resolve_retriever
-from ..errors import unknown
 from ..methods import METHODS
 from ..retriever import PageRetriever, load_retriever
-from .readers import FULL, FullReader, Reader, RetroReader
+from .readers import Reader, RetroReader
 
 UNTRAINED = "untrained"
 NO_RETRIEVER = "none"
@@ -29,7 +28,7 @@ class Variant:
     """One column of a comparison.
 
     Attributes:
-        method: "full" or a page-selection method. kv_budget: tokens; None for "full".
+        method: name of the method. kv_budget: tokens; None for methods without a budget.
         retriever: "auto" (the shipped one, or untrained), "none" (untrained), a folder or a shipped name; None for
             methods without bookmarks.
     """
@@ -58,19 +57,16 @@ class OpenVariant:
 
 
 def variants_of(methods: Sequence[str], kv_budgets: Sequence[int], retrievers: Sequence[str]) -> list[Variant]:
-    """All combinations that differ: dense attention has no budget, and only bookmark methods a retriever.
+    """All combinations that differ: dense attention has no budget, only bookmark methods have a retriever.
 
     Raises `UserError` for an unknown method.
     """
     found: dict[Variant, None] = {}
     for method in methods:
-        if method == FULL:
-            found[Variant(FULL)] = None
-            continue
-        if method not in METHODS:
-            raise unknown("method", method, [FULL, *METHODS])
-        own = retrievers if METHODS.get(method).needs_bookmarks else [None]
-        found.update(dict.fromkeys(Variant(method, budget, name) for budget in kv_budgets for name in own))
+        kind = METHODS.get(method)
+        budgets: Sequence[int | None] = kv_budgets if kind.has_budget else [None]
+        own: Sequence[str | None] = retrievers if kind.needs_bookmarks else [None]
+        found.update(dict.fromkeys(Variant(method, budget, name) for budget in budgets for name in own))
     return list(found)
 
 
@@ -80,13 +76,22 @@ class VariantLoader:
     Args:
         lm: a loaded engine; its model and tokenizer are used, its own attachment is removed.
         model_name: for the rows. config: options of all variants but for the budget.
+        method_options: knobs by method.
     """
 
-    def __init__(self, lm: RetroLM, model_name: str, config: RetroConfig, keep_pages: bool = False) -> None:
+    def __init__(
+        self,
+        lm: RetroLM,
+        model_name: str,
+        config: RetroConfig,
+        keep_pages: bool = False,
+        method_options: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
         self._lm = lm
         self._model_name = model_name
         self._config = config
         self._keep_pages = keep_pages
+        self._method_options = method_options or {}
         self._retrievers: dict[str, PageRetriever] = {}
         self._digests: dict[str, str] = {}
 
@@ -106,16 +111,19 @@ class VariantLoader:
             UserError: a budget beyond the window, an unknown retriever; IncompatibleRetrieverError: not this model's.
         """
         self._lm.detach()
-        full = variant.method == FULL
         config = self._config if variant.kv_budget is None else self._config.replace(kv_budget=variant.kv_budget)
-        method = "recency" if full else variant.method  # dense passes run outside of any method
-        lm = RetroLM(self._lm.model, self._lm.tokenizer, config=config, method=method)
+        lm = RetroLM(
+            self._lm.model,
+            self._lm.tokenizer,
+            config=config,
+            method=variant.method,
+            method_options=self._method_options.get(variant.method),
+        )
         self._lm = lm
         retriever = None if variant.retriever is None else self._retriever(lm, variant.retriever)
         if retriever is not None:
             lm.use_retriever(retriever)
-        reader = FullReader(lm) if full else RetroReader(lm, self._keep_pages)
-        return OpenVariant(lm, reader, self._facts(lm, variant, retriever))
+        return OpenVariant(lm, RetroReader(lm, self._keep_pages), self._facts(lm, variant, retriever))
 
     def _retriever(self, lm: RetroLM, name: str) -> PageRetriever | None:
         if name == NO_RETRIEVER:
@@ -129,8 +137,7 @@ class VariantLoader:
         return self._retrievers[name]
 
     def _facts(self, lm: RetroLM, variant: Variant, retriever: PageRetriever | None) -> dict[str, Any]:
-        full = variant.method == FULL
-        options = {key: value for key, value in asdict(lm.config).items() if key not in (*_SPEED_ONLY, "kv_budget")}
+        knobs = asdict(lm.method.knobs)
         return {
             "model": self._model_name,
             "backbone": lm.backbone.fingerprint(),
@@ -139,10 +146,18 @@ class VariantLoader:
             "retriever_digest": self._digests[variant.retriever] if variant.retriever and retriever else None,
             "adapter": adapter_name(lm.model),
             "method": variant.method,
-            "prefill": "dense" if full else "streaming",
+            "prefill": lm.method.prefill,
             "kv_budget": variant.kv_budget,
-            "options": {"prefix_page": lm.config.prefix_page} if full else options,
+            "options": _options(lm),
+            **({"knobs": knobs} if knobs else {}),
         }
+
+
+def _options(lm: RetroLM) -> dict[str, Any]:
+    """The options of `RetroConfig` that the method's results depend on, the budget aside."""
+    fields = lm.method.config_fields
+    ours = {key: value for key, value in asdict(lm.config).items() if key not in (*_SPEED_ONLY, "kv_budget")}
+    return ours if fields is None else {key: ours[key] for key in fields}
 
 
 def _load(lm: RetroLM, path: Path) -> PageRetriever:

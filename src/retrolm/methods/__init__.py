@@ -1,7 +1,21 @@
-"""Page-selection methods: tensors in, page choice out. One file per method; importing this package files them all."""
+"""Methods of all kinds: tensors in, page or token choice out. One file per method; importing this files them all."""
 
-from . import bookmark, mean_key, quest, random, recency
-from .base import METHODS, PageMethod, PageTensors
+from . import bookmark, full, mean_key, quest, random, recency
+from .base import METHODS, BudgetError, Method, PageMethod, PageTensors, page_method
 from .selection import choose_pages
 
-__all__ = ["METHODS", "PageMethod", "PageTensors", "bookmark", "choose_pages", "mean_key", "quest", "random", "recency"]
+__all__ = [
+    "METHODS",
+    "BudgetError",
+    "Method",
+    "PageMethod",
+    "PageTensors",
+    "bookmark",
+    "choose_pages",
+    "full",
+    "mean_key",
+    "page_method",
+    "quest",
+    "random",
+    "recency",
+]

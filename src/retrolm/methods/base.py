@@ -1,20 +1,118 @@
-"""The contract of a page-selection method.
+"""The contract of a method: what it says of itself, its knobs, and how its budget is checked.
 
-A method turns each finished page into a *digest* kept on the device, each page that is being encoded into a *probe*,
-and scores probes against digests. Forced pages, causality, budget and ties are the base's business
-(`selection.choose_pages`). Shape letters: N pages of a chunk, P past pages, W page size, H query heads, K KV heads,
-D head dim, E digest width, F probe width.
+A method is of one *kind*, and the engine (or `rag/`) has one program per kind that does the work:
+
+* "pages": chooses whole pages, one set per layer (`PageMethod`, below).
+* "tokens": says for each chunk and layer which tokens are attended and at which positions (`token_base.TokenMethod`).
+* "prune": keeps a part of the prompt's keys and values after a dense prefill (`prune_base.PruneMethod`).
+* "dense": attends everything.
+* "rag": changes the prompt, not the attention.
+
+Shape letters: N pages of a chunk, P past pages, W page size, H query heads, K KV heads, D head dim, E digest width,
+F probe width.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
+from ..errors import RetroLMError, UserError
 from ..registry import Registry
+from .knobs import NoKnobs, build_knobs
+
+Kind = Literal["pages", "tokens", "prune", "dense", "rag"]
+
+
+class BudgetError(RetroLMError):
+    """A method attended more than its budget on a text longer than it, or did not act at all."""
+
+
+class Method:
+    """Base of all methods. Instances hold their knobs and nothing of any text.
+
+    Args:
+        knobs: an instance of `Knobs`; None = its defaults.
+
+    Attributes:
+        kind: which program runs it (see the module's text).
+        name, paper, summary: what it is called, a link, one line.
+        prefill: "streaming" = the budget holds while the prompt is read, too; "dense" = the prompt is read in full.
+        budget_split: what `kv_budget` tokens are spent on. keeps: what stays in memory, and where.
+        positions: where kept tokens stand for RoPE. exact_when: the setting in which it equals full attention.
+        Knobs: frozen dataclass of its settings (`--set name.knob=value`, `method_options={…}`).
+        has_budget: whether `kv_budget` means anything to it.
+        needs_bookmarks: whether it reads bookmark tokens (and takes a page retriever).
+        true_positions: whether positions run on to the prompt's length, rather than to the budget's.
+        config_fields: the options of `RetroConfig` that change its results; None = all.
+    """
+
+    kind: ClassVar[Kind]
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    summary: ClassVar[str]
+    prefill: ClassVar[Literal["streaming", "dense"]]
+    budget_split: ClassVar[str]
+    keeps: ClassVar[str]
+    positions: ClassVar[str]
+    exact_when: ClassVar[str]
+    Knobs: ClassVar[type[Any]] = NoKnobs
+    has_budget: ClassVar[bool] = True
+    needs_bookmarks: ClassVar[bool] = False
+    true_positions: ClassVar[bool] = False
+    config_fields: ClassVar[tuple[str, ...] | None] = ("prefix_page",)
+
+    def __init__(self, knobs: Any = None) -> None:
+        self.knobs = self.Knobs() if knobs is None else knobs
+        self.check_knobs()
+
+    @classmethod
+    def with_options(cls, options: Mapping[str, Any] | None = None) -> Self:
+        """The method with some knobs set; raises `UserError` for unknown or ill-typed ones."""
+        return cls(build_knobs(cls.name, cls.Knobs, options or {}))
+
+    @classmethod
+    def describe(cls) -> dict[str, Any]:
+        """What `retrolm methods` shows: the texts above and the knobs with their defaults."""
+        keys = ("name", "kind", "summary", "paper", "prefill", "budget_split", "keeps", "positions", "exact_when")
+        found = {key: getattr(cls, key) for key in (*keys, "has_budget", "needs_bookmarks")}
+        return {**found, "knobs": dataclasses.asdict(cls.Knobs())}
+
+    def check_knobs(self) -> None:
+        """Raise `UserError` for knobs out of range, whatever the budget."""
+
+    def check_budget(self, kv_budget: int) -> None:
+        """Raise `UserError` for a budget that the knobs can't be served from."""
+
+    def check_attended(self, attended: Mapping[str, int], num_tokens: int, num_generated: int, allowed: int) -> None:
+        """Hold what was really attended in the layers that choose against the budget.
+
+        A method that did nothing attended everything, so that this finds it too.
+
+        Args:
+            attended: {"prefill", "decode"}: most keys of any prompt token, of any generated token.
+            num_tokens: of the prompt. num_generated: generated tokens; they may come on top of the budget.
+            allowed: the budget.
+
+        Raises:
+            BudgetError: more was attended than the budget of a text longer than it.
+        """
+        most = attended["decode"] - max(num_generated - 1, 0)
+        if self.prefill == "streaming":
+            most = max(most, attended["prefill"])
+        if self.has_budget and num_tokens > allowed and most > allowed:
+            raise BudgetError(
+                f"Method {self.name!r} attended {most} tokens of a text of {num_tokens}; its budget is {allowed}. "
+                "The run was stopped: its scores would not be those of this budget."
+            )
+
+
+METHODS: Registry[Method] = Registry("method")
 
 
 @dataclass
@@ -41,13 +139,21 @@ class PageTensors:
     page_sin: Tensor | None = None
 
 
-class PageMethod(ABC):
-    """Base of all methods that choose whole pages, one set per layer shared by all heads."""
+class PageMethod(Method, ABC):
+    """Base of all methods that choose whole pages, one set per layer shared by all heads.
 
-    name: ClassVar[str]
-    paper: ClassVar[str]
-    summary: ClassVar[str]
-    needs_bookmarks: ClassVar[bool] = False
+    A method turns each finished page into a *digest* kept on the device, each page that is being encoded into a
+    *probe*, and scores probes against digests. Forced pages, causality, budget and ties are the base's business
+    (`selection.choose_pages`).
+    """
+
+    kind = "pages"
+    prefill = "streaming"
+    budget_split = "sink page + previous page + best pages + current page"
+    keeps = "all pages, on the device or (beyond device_kv_bytes) in host memory; a digest per page"
+    positions = "compact: the gathered pages stand at 0, 1, 2, …, the current page behind them"
+    exact_when = "kv_budget ≥ text and question"
+    config_fields = None
 
     @abstractmethod
     def digest(self, pages: PageTensors) -> Tensor:
@@ -62,9 +168,6 @@ class PageMethod(ABC):
         """Score past pages, float32 [N, P]; higher is better. Pages not in the past are masked by the caller."""
 
 
-METHODS: Registry[PageMethod] = Registry("method")
-
-
 def valid_rows(pages: PageTensors) -> Tensor:
     """Which token rows exist, bool [N, W]."""
     inside = pages.lengths.new_tensor(range(pages.k_NWKD.shape[1]))
@@ -75,3 +178,12 @@ def sum_groups(q_NHD: Tensor, num_kv_heads: int) -> Tensor:
     """Add the queries of each KV head's group: [N, H, D] → [N, K, D] (D4: heads share one score per layer)."""
     N, H, D = q_NHD.shape
     return q_NHD.reshape(N, num_kv_heads, H // num_kv_heads, D).sum(2)
+
+
+def page_method(name: str) -> type[PageMethod]:
+    """The page method of this name; raises `UserError` for an unknown one, or one of another kind."""
+    found = METHODS.get(name)
+    if not issubclass(found, PageMethod):
+        pages = [key for key in METHODS if issubclass(METHODS.get(key), PageMethod)]
+        raise UserError(f"Method {name!r} doesn't choose pages, which this needs. Use one of {', '.join(pages)}.")
+    return found
