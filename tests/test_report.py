@@ -19,17 +19,12 @@ from cli_runner import run_cli
 from report_rows import METHODS, made_up_rows, write_run
 from retrolm.errors import UserError
 from retrolm.evaluation.journal import write_lines
+from retrolm.evaluation.report.pairs import MARGIN, compare, pair_rows, pair_tables, scopes, shared_scores
 from retrolm.evaluation.report.results import Results, load_results
-from retrolm.evaluation.report.tables import (
-    BEYOND,
-    MISSING,
-    difference_table,
-    overview_table,
-    score_tables,
-    shared_scores,
-)
+from retrolm.evaluation.report.table import BEYOND, MISSING
+from retrolm.evaluation.report.tables import overview_table, score_tables
 from retrolm.evaluation.report.write import write_report
-from retrolm.evaluation.statistics import average_interval, paired_difference, score_interval
+from retrolm.evaluation.statistics import average_interval, paired_average, paired_difference, score_interval
 from retrolm.evaluation.tasks import GROUPS
 
 NEEDLES = GROUPS["ruler-needles"]
@@ -99,18 +94,53 @@ def test_dense_attention_beyond_the_window_is_marked(results: Results) -> None:
     assert not any(BEYOND in cell for row in streaming.rows for cell in row[1:])
 
 
-def test_differences_pair_shared_samples_only(results: Results, tmp_path: Path) -> None:
-    table = difference_table(results, "ruler", 4096)
-    assert len(table.rows) == len(METHODS) - 1
-    assert all(row[2] == str(25 * 8) for row in table.rows)
+def test_differences_pair_shared_samples_only(tmp_path: Path) -> None:
     rows = [row for row in made_up_rows(6, (4096,)) if row["method"] == "full" or int(row["sample_id"]) < 4]
     write_lines(tmp_path / "samples.jsonl", rows)
     part = load_results([tmp_path])
     base, ours = part.columns()[0], part.columns()[1]
-    left, right = shared_scores(part, ours, base, NEEDLES, 4096)
-    assert len(left) == len(right) == 4 * 8
-    wanted = [r["score"] for r in rows if r["method"] == "full" and int(r["sample_id"]) < 4]
-    assert right == wanted
+    (scope, *_) = scopes(part)
+    cells = [part.cell(column, NEEDLES[0], 4096) for column in (ours, base)]
+    assert cells[0] is not None and cells[1] is not None
+    left, right = shared_scores(part, cells[0], cells[1])
+    assert len(left) == len(right) == 4
+    own = [r for r in rows if r["method"] == "full" and int(r["sample_id"]) < 4]
+    assert right == [r["score"] for r in own if r["task"] == NEEDLES[0]]
+    pair = compare(part, scope, ours, base)
+    assert pair is not None and (pair.num_tasks, pair.found.num_pairs) == (8, 32)
+
+
+def test_pairs_stand_in_blocks_with_intervals_tests_and_marks(results: Results) -> None:
+    tables = {table.title: table for table in pair_tables(results)}
+    against_dense = tables["ruler, 4K tokens: paired difference to dense attention (streaming prefill)"]
+    assert len(against_dense.rows) == len(METHODS) - 1 and not against_dense.note
+    assert {row[2] for row in against_dense.rows} == {"8"} and {row[3] for row in against_dense.rows} == {"200"}
+    assert {row[6] for row in against_dense.rows} == {"McNemar"}
+    ours = tables[
+        "ruler, 4K tokens: retrolm (tiny-retriever), 2048 tokens, less the method of the row (streaming prefill)"
+    ]
+    assert {row[1] for row in ours.rows} == {"2048"} and all(row[4].startswith("+") for row in ours.rows)
+    assert all(row[7] == "yes" and row[5] == "< 0.001" for row in ours.rows)
+    beyond = tables["ruler, 64K tokens: paired difference to dense attention (streaming prefill)"]
+    assert all(row[4].endswith(BEYOND) for row in beyond.rows) and "window" in beyond.note
+
+
+def test_all_pairs_are_in_the_file_of_pairs(results: Results) -> None:
+    rows = pair_rows(results)
+    assert len(rows) == 3 * len(METHODS) * (len(METHODS) - 1) // 2
+    for row in rows:
+        assert row["low"] <= row["difference"] <= row["high"] and 0 < row["p_value"] <= 1
+        assert row["not_below"] == (row["low"] >= -MARGIN)
+
+
+def test_an_average_of_ones_own_is_compared_too(tmp_path: Path) -> None:
+    write_lines(tmp_path / "samples.jsonl", made_up_rows(4, (4096,)))
+    part = load_results([tmp_path], {"two": NEEDLES[:2]})
+    found = {scope.title: scope.tasks for scope in scopes(part)}
+    assert found["average two, 4K tokens"] == NEEDLES[:2]
+    dense, _ = score_tables(part, "ruler", 4096)
+    assert "average two" in dense.columns
+    assert any(row["scope"] == "average two, 4K tokens" and row["num_pairs"] == 8 for row in pair_rows(part))
 
 
 def test_folders_are_joined_and_repeated_rows_count_once(run: Path, tmp_path: Path) -> None:
@@ -209,7 +239,39 @@ def test_paired_difference_sees_what_unpaired_would_not() -> None:
     found = paired_difference(list(theirs + 0.05), list(theirs))
     assert found.difference == pytest.approx(0.05) and found.low > 0 and found.p_value < 0.001
     same = paired_difference([0.5] * 9, [0.5] * 9)
-    assert (same.difference, same.p_value) == (0, 1.0)
+    assert (same.difference, same.p_value, same.test) == (0, 1.0, "sign flips")
+
+
+def test_mcnemar_is_exact() -> None:
+    """Of 14 questions that differ 12 are better: 2 * (1 + 14 + 91) / 2^14."""
+    ours, theirs = [1.0] * 12 + [0.0] * 2 + [1.0] * 9, [0.0] * 12 + [1.0] * 2 + [1.0] * 9
+    found = paired_difference(ours, theirs)
+    assert found.test == "McNemar" and found.p_value == pytest.approx(2 * (1 + 14 + 91) / 2**14)
+    assert found.difference == pytest.approx(10 / 23) and found.low < 10 / 23 < found.high
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.sampled_from([-1.0, 0.0, 1.0]), min_size=5, max_size=40))
+def test_sign_flips_agree_with_the_exact_test(gaps: list[float]) -> None:
+    """On scores of 0 and 1, moved off them by a constant, the permutation test is McNemar's up to its draws."""
+    theirs = [0.5 - gap / 2 for gap in gaps]
+    exact = paired_difference([max(gap, 0.0) for gap in gaps], [max(-gap, 0.0) for gap in gaps])
+    drawn = paired_difference([score + gap for score, gap in zip(theirs, gaps, strict=True)], [*theirs])
+    assert exact.test == "McNemar"
+    assert drawn.p_value == pytest.approx(exact.p_value, abs=0.02)
+
+
+def test_tasks_weigh_the_same_in_an_average_whatever_their_size() -> None:
+    found = paired_average([([1.0] * 10, [0.0] * 10), ([0.5] * 90, [0.5] * 90)])
+    assert found.difference == pytest.approx(0.5) and found.num_pairs == 100 and found.test == "sign flips"
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 1000))
+def test_equal_methods_are_rarely_told_apart(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    p_values = [paired_difference(list(rng.random(30)), list(rng.random(30))).p_value for _ in range(8)]
+    assert min(p_values) > 1e-4 and max(p_values) > 0.1
 
 
 def test_the_average_of_one_is_itself_and_of_many_is_tighter() -> None:

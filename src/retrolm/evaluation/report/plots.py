@@ -9,9 +9,12 @@ from typing import Any
 
 from ...errors import UserError
 from ..averages import mean
+from .costs import memory_kind, memory_name
 from .results import Column, Results, family
-from .tables import cells_interval, length_name
+from .table import cells_interval, length_name
 
+_MARKERS = "osD^vP*X<>"
+_NUM_COLOURS = 10  # of the colour cycle; lines beyond it are dashed
 SCORE = "score (of 100, mean over tasks)"
 
 
@@ -34,7 +37,8 @@ class Line:
 
 def all_plots(results: Results) -> list[Plot]:
     """Score by length, score by budget and memory by length, where there are two points or more to join."""
-    plots = []
+    plots: list[Plot] = []
+    kind = memory_kind(results)
     for name in dict.fromkeys(family(cell["task"]) for cell in results.cells):
         lines = by_length(results, name, _mean_score)
         plots += _plot(f"{name}-by-length", f"{name}: score by prompt length", "prompt length (tokens)", SCORE, lines)
@@ -42,8 +46,10 @@ def all_plots(results: Results) -> list[Plot]:
             budget = by_budget(results, name, length)
             title = f"{name}, {length_name(length)}: score by KV budget"
             plots += _plot(f"{name}-{length or 'natural'}-by-budget", title, "KV budget (tokens)", SCORE, budget)
-        memory = by_length(results, name, _peak_memory)
-        plots += _plot(f"{name}-memory", f"{name}: peak GPU memory", "prompt length (tokens)", "GB", memory)
+        memory = by_length(results, name, lambda cells: _peak_memory(cells, kind))
+        plots += _plot(
+            f"{name}-memory", f"{name}: {memory_name(kind)}", "prompt length (tokens)", "memory (GB)", memory
+        )
     return plots
 
 
@@ -91,8 +97,8 @@ def _mean_score(cells: list[dict[str, Any]]) -> tuple[float, float, float]:
     return 100 * mean(cell["score"] for cell in cells), 100 * low, 100 * high
 
 
-def _peak_memory(cells: list[dict[str, Any]]) -> tuple[float, float, float] | None:
-    peak = max(cell["peak_device_bytes"] for cell in cells) / 1e9
+def _peak_memory(cells: list[dict[str, Any]], kind: str) -> tuple[float, float, float] | None:
+    peak = max(cell[kind] for cell in cells) / 1e9
     return (peak, peak, peak) if peak else None
 
 
@@ -107,12 +113,8 @@ def _plot(name: str, title: str, x_label: str, y_label: str, lines: list[Line]) 
 def _draw(title: str, x_label: str, y_label: str, lines: list[Line]) -> bytes:
     figure = _figure()
     axes = figure.add_subplot()
-    markers = "osD^vP*X<>"
     for index, line in enumerate(lines):
-        x, y, low, high = zip(*sorted(line.points), strict=True)
-        style = {"marker": markers[index % len(markers)], "markersize": 5, "linewidth": 1.6, "capsize": 3}
-        errors = [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
-        axes.errorbar(x, y, yerr=errors, label=line.label, **style)
+        _draw_line(axes, line, index, len(lines))
     ticks = sorted({point[0] for line in lines for point in line.points})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [length_name(int(tick)).removesuffix(" tokens") for tick in ticks])
@@ -124,6 +126,22 @@ def _draw(title: str, x_label: str, y_label: str, lines: list[Line]) -> bytes:
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=130)
     return data.getvalue()
+
+
+def _draw_line(axes: Any, line: Line, index: int, num_lines: int) -> None:
+    """One line; later ones have smaller markers, so that what lies below them can still be seen."""
+    x, y, low, high = zip(*sorted(line.points), strict=True)
+    style = {
+        "marker": _MARKERS[index % len(_MARKERS)],
+        "markersize": 9 - 5 * index / num_lines,
+        "linewidth": 1.6,
+        "linestyle": "-" if index < _NUM_COLOURS else "--",
+    }
+    if low == high:
+        axes.plot(x, y, label=line.label, **style)
+        return
+    errors = [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
+    axes.errorbar(x, y, yerr=errors, label=line.label, capsize=3, **style)
 
 
 def _figure() -> Any:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
 from ..journal import read_lines
-from ..readers import FULL
 from ..retrieval.run import RECALL_FILE
 from ..rows import cells_of
 from ..runner import SAMPLES_FILE
@@ -34,6 +34,11 @@ class Column:
     suffix: str = ""
 
     @property
+    def is_dense(self) -> bool:
+        """Whether all tokens are attended: only such methods have no budget."""
+        return self.kv_budget is None
+
+    @property
     def name(self) -> str:
         """Method with retriever and budget."""
         return f"{self.method_name}, {self.kv_budget} tokens" if self.kv_budget else self.method_name
@@ -52,29 +57,49 @@ class Results:
 
     Attributes:
         samples: sample rows. cells: their sums, in order of appearance. recall: page-recall rows.
+        groups: tasks that are averaged over, by the group's name.
     """
 
     samples: list[dict[str, Any]]
     cells: list[dict[str, Any]]
     recall: list[dict[str, Any]]
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: dict(GROUPS))
+
+    @cached_property
+    def _cells_by_place(self) -> dict[Any, dict[str, Any]]:
+        return {(column_of(cell), cell["task"], cell["length"]): cell for cell in self.cells}
+
+    @cached_property
+    def _scores_by_cell(self) -> dict[str, dict[str, float]]:
+        found: dict[str, dict[str, float]] = {}
+        for row in self.samples:
+            found.setdefault(row["config_hash"], {})[row["sample_id"]] = row["score"]
+        return found
+
+    def only(self, config_hashes: Collection[str]) -> Results:
+        """The part with these cells, without page recall."""
+        samples = [row for row in self.samples if row["config_hash"] in config_hashes]
+        cells = [cell for cell in self.cells if cell["config_hash"] in config_hashes]
+        return Results(samples, cells, [], self.groups)
 
     def columns(self) -> list[Column]:
         """All columns, dense prefill first, then by method and budget."""
         found = dict.fromkeys(column_of(cell) for cell in self.cells)
         return sorted(
-            found, key=lambda c: (c.model, c.prefill, c.method != FULL, c.method, str(c.retriever), c.kv_budget or 0)
+            found, key=lambda c: (c.model, c.prefill, not c.is_dense, c.method, str(c.retriever), c.kv_budget or 0)
         )
 
     def cell(self, column: Column, task: str, length: int | None) -> dict[str, Any] | None:
         """The cell of a column, task and length."""
-        for cell in self.cells:
-            if cell["task"] == task and cell["length"] == length and column_of(cell) == column:
-                return cell
-        return None
+        return self._cells_by_place.get((column, task, length))
 
     def scores(self, cell: dict[str, Any]) -> dict[str, float]:
         """Sample scores of a cell by sample id."""
-        return {row["sample_id"]: row["score"] for row in self.samples if row["config_hash"] == cell["config_hash"]}
+        return self._scores_by_cell[cell["config_hash"]]
+
+    def all_tasks(self) -> list[str]:
+        """All tasks, in order of appearance."""
+        return list(dict.fromkeys(cell["task"] for cell in self.cells))
 
     def places(self) -> list[tuple[str, int | None]]:
         """Families of tasks and lengths that occur: ("ruler", 4096)."""
@@ -84,8 +109,14 @@ class Results:
     def tasks(self, name: str, length: int | None) -> list[str]:
         """Tasks of a family that occur at a length, in the order of the family's group."""
         found = {cell["task"] for cell in self.cells if family(cell["task"]) == name and cell["length"] == length}
-        order = {task: index for tasks in GROUPS.values() for index, task in enumerate(tasks)}
+        order = {task: index for tasks in self.groups.values() for index, task in enumerate(tasks)}
         return sorted(found, key=lambda task: (order.get(task, 0), task))
+
+    def complete_groups(self, tasks: Iterable[str]) -> list[str]:
+        """Groups of two tasks or more that are all there, larger groups last."""
+        there = set(tasks)
+        found = [name for name, members in self.groups.items() if len(members) > 1 and set(members) <= there]
+        return sorted(found, key=lambda name: len(self.groups[name]))
 
 
 def column_of(cell: dict[str, Any]) -> Column:
@@ -99,8 +130,11 @@ def family(task: str) -> str:
     return task.split("/")[0]
 
 
-def load_results(folders: Sequence[Path]) -> Results:
+def load_results(folders: Sequence[Path], groups: Mapping[str, tuple[str, ...]] | None = None) -> Results:
     """Read the rows of all folders; rows of the same sample and settings count once, the last one.
+
+    Args:
+        groups: tasks to average over by name, beside those of `tasks.GROUPS`.
 
     Raises `UserError` for a folder without rows.
     """
@@ -117,7 +151,7 @@ def load_results(folders: Sequence[Path]) -> Results:
             else:
                 samples.update((row["key"], row) for row in rows)
     rows = list(samples.values())
-    return Results(rows, told_apart(cells_of(rows)), recall)
+    return Results(rows, told_apart(cells_of(rows)), recall, {**GROUPS, **(groups or {})})
 
 
 def told_apart(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -130,10 +164,3 @@ def told_apart(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for same in found.values()
         for cell in same
     ]
-
-
-def complete_groups(tasks: Iterable[str]) -> list[str]:
-    """Groups of two tasks or more that are all there, larger groups last."""
-    there = set(tasks)
-    found = [name for name, members in GROUPS.items() if len(members) > 1 and set(members) <= there]
-    return sorted(found, key=lambda name: len(GROUPS[name]))

@@ -6,33 +6,44 @@ import base64
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ... import __version__
 from ...errors import UserError
 from ..journal import write_whole
+from .pairs import NOTE as PAIRS_NOTE
+from .pairs import pair_rows
 from .plots import Plot, all_plots
 from .results import Results, load_results
-from .tables import Table, all_tables, overview_table
+from .table import Table
+from .tables import all_tables, overview_table
 
 TEMPLATE = Path(__file__).parent / "page.html.j2"
 
 
-def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
+def write_report(folders: Sequence[Path], out: Path, groups: Mapping[str, tuple[str, ...]] | None = None) -> list[Path]:
     """Write the report on the rows of `folders` into `out`; returns the files.
+
+    Args:
+        groups: tasks to average over by name, beside the known groups.
 
     Raises `UserError` for folders without rows, and if plots or templates can't be made for want of a package.
     """
-    results = load_results(folders)
+    return write_results(load_results(folders, groups), out)
+
+
+def write_results(results: Results, out: Path, title: str = "Results") -> list[Path]:
+    """Write the report on rows that were read; returns the files. Raises `UserError` as `write_report` does."""
     tables = ([overview_table(results)] if results.cells else []) + all_tables(results)
     plots = all_plots(results)
     out.mkdir(parents=True, exist_ok=True)
     texts = {
-        "report.md": to_markdown(tables, plots, results),
-        "report.html": to_html(tables, plots, results),
+        "report.md": to_markdown(tables, plots, results, title),
+        "report.html": to_html(tables, plots, results, title),
         "cells.csv": to_csv(results.cells),
+        "pairs.csv": to_csv(pair_rows(results)),
     }
     if results.recall:
         texts["recall.csv"] = to_csv(results.recall)
@@ -43,9 +54,9 @@ def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
     return [out / name for name in texts] + [out / f"{plot.name}.png" for plot in plots]
 
 
-def to_markdown(tables: Sequence[Table], plots: Sequence[Plot], results: Results) -> str:
+def to_markdown(tables: Sequence[Table], plots: Sequence[Plot], results: Results, title: str = "Results") -> str:
     """All tables, pictures by file name, and where the figures come from."""
-    parts = ["# Results", "Scores times 100, with 95% confidence intervals in brackets."]
+    parts = [f"# {title}", *notes()]
     parts += [_markdown_table(table) for table in tables]
     parts += [f"## {plot.title}\n\n![{plot.title}]({plot.name}.png)" for plot in plots]
     parts += ["## Where these figures come from\n\n" + "\n".join(f"- {fact}" for fact in provenance_lines(results))]
@@ -79,7 +90,12 @@ def _flat(row: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def to_html(tables: Sequence[Table], plots: Sequence[Plot], results: Results) -> str:
+def notes() -> list[str]:
+    """What holds for all tables."""
+    return ["Scores times 100, with 95% confidence intervals in brackets.", f"Paired differences: {PAIRS_NOTE}"]
+
+
+def to_html(tables: Sequence[Table], plots: Sequence[Plot], results: Results, title: str = "Results") -> str:
     """One page that needs no other file."""
     try:
         import jinja2
@@ -88,7 +104,12 @@ def to_html(tables: Sequence[Table], plots: Sequence[Plot], results: Results) ->
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     pictures = [(plot.title, base64.b64encode(plot.png).decode()) for plot in plots]
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        tables=tables, plots=pictures, facts=provenance_lines(results), version=__version__
+        title=title,
+        notes=notes(),
+        tables=tables,
+        plots=pictures,
+        facts=provenance_lines(results),
+        version=__version__,
     )
 
 
