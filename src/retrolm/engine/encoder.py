@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +51,10 @@ class Encoder:
         backbone = self.parts.backbone
         windows = [info.window or 0 for i, info in enumerate(backbone.layers) if not backbone.retrieves(i)]
         return max(windows, default=0)
+
+    def with_parts(self, **changes: Any) -> Encoder:
+        """The same encoder over other pages, digests or settings (fields of `PrefillParts`)."""
+        return Encoder(replace(self.parts, **changes), self.attachment, self._bookmark, self._pad_id)
 
     def read(self, texts: list[PagedText], progress: Progress | None = None, logits: bool = False) -> list[Encoded]:
         """Encode all pages of all texts, a chunk at a time; texts advance side by side."""
@@ -110,6 +115,7 @@ class Encoder:
                 found = backbone.model(**kwargs, logits_to_keep=chunk.places()).logits[0]
             else:
                 backbone.decoder(**kwargs)
+        program.finish()
         captures = [capture for capture in program.captures if capture is not None]
         return Encoded(captures, program.peak_attended, found)
 

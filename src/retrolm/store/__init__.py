@@ -1,8 +1,9 @@
-"""Where pages live: on the device, or in host memory with a cache of recently used pages on the device."""
+"""Where pages live: on the device, in host memory or in a file, the upper tiers holding those used last."""
 
 from .digests import DigestIndex
+from .disk import DiskStore
 from .layout import PageLayout, PageStore
 from .resident import ResidentStore
 from .tiered import TieredStore
 
-__all__ = ["DigestIndex", "PageLayout", "PageStore", "ResidentStore", "TieredStore"]
+__all__ = ["DigestIndex", "DiskStore", "PageLayout", "PageStore", "ResidentStore", "TieredStore"]

@@ -19,12 +19,16 @@ class DigestIndex:
         if rows is None or needed > len(rows):
             rows = self._grown(rows, needed, digests_NE)
             self._rows[layer] = rows
-        rows.index_copy_(0, ids.to(rows.device), digests_NE.to(rows.dtype))
+        rows.index_copy_(0, ids.to(rows.device, non_blocking=True), digests_NE.to(rows.dtype))
 
     def read(self, layer: int, ids: Tensor) -> Tensor:
         """Return digests [N, E] of pages `ids`."""
         rows = self._rows[layer]
         return rows.index_select(0, ids.to(rows.device))
+
+    def layers(self) -> list[int]:
+        """Layers that have digests."""
+        return sorted(self._rows)
 
     def bytes(self) -> int:
         return sum(rows.nbytes for rows in self._rows.values())

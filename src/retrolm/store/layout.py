@@ -46,6 +46,7 @@ class StoreBytes:
 
     device: int
     host: int
+    disk: int = 0
 
 
 class PageStore(ABC):
@@ -131,7 +132,7 @@ class Slabs:
         """Store `keys` and `values` [N, W, K, D] as pages `ids` [N]."""
         for index, inside in self._parts(ids):
             where = slice(None) if inside is None else inside
-            local = (ids[where] - self._first[index]).to(self._device)
+            local = (ids[where] - self._first[index]).to(self._device, non_blocking=True)
             self._keys[index].index_copy_(0, local, keys[where].to(self._layout.dtype))
             self._values[index].index_copy_(0, local, values[where].to(self._layout.dtype))
 

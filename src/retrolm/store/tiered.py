@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,28 @@ from ..errors import UserError
 from .layout import PageLayout, PageStore, Slabs, StoreBytes
 
 _CPU = torch.device("cpu")
+
+
+class HostPages(Protocol):
+    """The lower tier of one layer: `Slabs` in host memory, or pages on disk."""
+
+    def grow(self, num_pages: int) -> None: ...
+
+    def write(self, ids: Tensor, keys: Tensor, values: Tensor) -> None: ...
+
+    def read(self, ids: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+def slots_of(name: str, layout: PageLayout, cap_bytes: int, min_pages: int) -> int:
+    """Pages per layer that a cap holds; raises `UserError` if they are fewer than one read needs."""
+    slots = cap_bytes // (layout.page_bytes * layout.num_layers)
+    if slots < min_pages:
+        needed = min_pages * layout.page_bytes * layout.num_layers
+        raise UserError(
+            f"{name}={cap_bytes} holds {slots} pages per layer, but one page with its selected pages takes "
+            f"{min_pages}. Use at least {needed} bytes, or a smaller kv_budget."
+        )
+    return slots
 
 
 class TieredStore(PageStore):
@@ -20,20 +45,17 @@ class TieredStore(PageStore):
     Args:
         device_bytes: cap on KV bytes on the device, over all layers.
         min_pages: pages per layer that one read needs at once; raises `UserError` if the cap is smaller.
+        host: the lower tier of each layer, if it isn't plain host memory.
     """
 
-    def __init__(self, layout: PageLayout, device_bytes: int, min_pages: int) -> None:
+    def __init__(
+        self, layout: PageLayout, device_bytes: int, min_pages: int, host: Sequence[HostPages] | None = None
+    ) -> None:
         super().__init__(layout)
-        slots = device_bytes // (layout.page_bytes * layout.num_layers)
-        if slots < min_pages:
-            needed = min_pages * layout.page_bytes * layout.num_layers
-            raise UserError(
-                f"device_kv_bytes={device_bytes} holds {slots} pages per layer, but one page with its selected pages "
-                f"takes {min_pages}. Use at least {needed} bytes, or a smaller kv_budget."
-            )
+        slots = slots_of("device_kv_bytes", layout, device_bytes, min_pages)
         pin = any(device.type == "cuda" for device in layout.devices)
-        self._host = [Slabs(layout, _CPU, pin) for _ in layout.devices]
-        self._cache = [_LayerCache(layout, device, slots) for device in layout.devices]
+        self._host = host or [Slabs(layout, _CPU, pin) for _ in layout.devices]
+        self._cache = [LayerCache(layout, device, slots) for device in layout.devices]
 
     def _grow(self, num_pages: int) -> None:
         for host, cache in zip(self._host, self._cache, strict=True):
@@ -63,7 +85,7 @@ class TieredStore(PageStore):
         return 1.0 - sum(cache.num_misses for cache in self._cache) / max(reads, 1)
 
 
-class _LayerCache:
+class LayerCache:
     """The device tier of one layer: which page stands in which slot, and when it was last used."""
 
     def __init__(self, layout: PageLayout, device: torch.device, slots: int) -> None:
@@ -92,7 +114,7 @@ class _LayerCache:
         if len(ids) <= len(self._page_in):
             self.slabs.write(self._claim(ids), keys, values)
 
-    def read(self, ids: Tensor, host: Slabs) -> tuple[Tensor, Tensor]:
+    def read(self, ids: Tensor, host: HostPages) -> tuple[Tensor, Tensor]:
         """Return pages `ids` on the device, in parts if they don't fit the cache together."""
         unique = ids.unique()
         capacity = len(self._page_in)
@@ -103,7 +125,7 @@ class _LayerCache:
         first, second = self.read(ids[:half], host), self.read(ids[half:], host)
         return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]])
 
-    def prefetch(self, ids: Tensor, host: Slabs) -> None:
+    def prefetch(self, ids: Tensor, host: HostPages) -> None:
         if self._stream is None:
             return
         unique = ids.unique()[: len(self._page_in) // 2]
@@ -111,7 +133,7 @@ class _LayerCache:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
             self._load(unique, host, count=False)
 
-    def _load(self, unique: Tensor, host: Slabs, count: bool = True) -> None:
+    def _load(self, unique: Tensor, host: HostPages, count: bool = True) -> None:
         """Make sure the pages `unique` are in the cache."""
         if count:
             self._wait_for_prefetch()
