@@ -35,6 +35,8 @@ class RetroConfig:
             choice made with knowledge of later tokens (D22).
         retrieve_every: retrieve again after this many generated tokens; 0 = once per question (D12).
         chunk_pages: pages encoded in one forward pass; any value gives the same result (D10).
+        dense_bypass: let pages that leave nothing out attend as one dense causal block, as the stock model does; off,
+            they are gathered like all others, with the same result.
         prefix_page: give BOS and the chat template's head a sink page of their own.
         device_kv_bytes: cap on the KV bytes kept on the device; `None` keeps all pages there. Pages beyond it stay
             in host memory and are fetched when selected.
@@ -52,6 +54,7 @@ class RetroConfig:
     causal_selection: bool = False
     retrieve_every: int = 0
     chunk_pages: int = 16
+    dense_bypass: bool = True
     prefix_page: bool = True
     device_kv_bytes: int | None = None
     store_dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -89,7 +92,7 @@ class RetroConfig:
         return self.from_options({**dataclasses.asdict(self), **changes})
 
 
-_SWITCHES = ("strict_budget", "score_rope", "causal_selection", "prefix_page")
+_SWITCHES = ("strict_budget", "score_rope", "causal_selection", "dense_bypass", "prefix_page")
 _LOWEST = {
     "kv_budget": 1,
     "page_size": 1,

@@ -1,6 +1,6 @@
-"""Gathered sets: reading selected pages, giving their tokens compact positions, masking what isn't there.
+"""Where the tokens of gathered sets stand: their compact positions, their RoPE, and the mask of what isn't there.
 
-Shape letters: n pages handled together, S slots, Q query tokens, L gathered tokens, R rotary dims.
+Shape letters: n pages handled together, S slots, O own slots, Q query tokens, L gathered tokens, R rotary dims.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops.attention import bias_from
+from ..ops.attention import bias_from, causal_needs_no_mask
 from ..paging import place
 from .rope_table import RopeTable
 
@@ -21,14 +21,14 @@ class SetLayout:
 
     Attributes:
         span: the part of the gathered row [0, S*W) that holds tokens.
-        valid_nL: which places hold tokens, bool [n or 1, L]. num_tokens: most tokens of any row.
+        valid_nL: which places hold tokens, bool [n or 1, L]. num_tokens: most tokens of any row, int64 [].
         cos_q, sin_q [n or 1, Q, 1, R]; cos_k, sin_k [n or 1, L, 1, R]: RoPE of queries and keys.
         bias_nQL: additive mask, or None where plain lower-right causal masking says it all.
     """
 
     span: slice
     valid_nL: Tensor
-    num_tokens: int
+    num_tokens: Tensor
     cos_q: Tensor
     sin_q: Tensor
     cos_k: Tensor
@@ -52,42 +52,51 @@ def lay_out(
     """Lay out [selected pages | own pages] of `n` pages (one row stands for all where they are alike).
 
     Args:
-        past_lengths_nS, past_starts_nS, own_lengths_nO, own_starts_nO, end_n: on the CPU, so that nothing
-            here waits for a GPU.
+        past_lengths_nS, past_starts_nS, own_lengths_nO, own_starts_nO, end_n: all on the host, or all on a GPU where
+            only it knows which pages were chosen. Then nothing here waits for it, and every place gets its mask.
         own_lengths_nO: own tokens per own slot. own_starts_nO: first own token's place inside its slot.
         end_n: compact position of the first own token.
-        device: where the layout is used. The mask is built there even where causal masking would do, unless it is
-            CUDA, which has a fused path for that.
+        device: where the layout is used.
     """
+    known = not past_lengths_nS.is_cuda
     past = place(past_lengths_nS, past_starts_nS, end_n, page_size)
     own_tokens_n = own_lengths_nO.sum(1)
     own = place(own_lengths_nO, own_starts_nO, end_n + own_tokens_n, page_size)
     valid = torch.cat([past.valid, own.valid], 1)
-    span = _span(valid)
+    span = _span(valid) if known else slice(0, valid.shape[1])
     valid = valid[:, span]
     positions = torch.cat([past.positions, own.positions], 1)[:, span]
-    q_positions = end_n[:, None] + torch.arange(num_queries)
-    cos_q, sin_q = rope.at(q_positions.to(device))
-    cos_k, sin_k = rope.at(positions.to(device))
-    plain = bool(valid.all()) and int(own_tokens_n.min()) == num_queries and not (window and _wider(positions, window))
+    q_positions = end_n[:, None] + torch.arange(num_queries, device=end_n.device)
+    plain = known and _is_plain(valid, positions, own_tokens_n, num_queries, window)
     bias = None
-    if not plain or device.type != "cuda":
-        distance = q_positions[:, :, None] - positions[:, None]
-        allowed = valid[:, None] & (distance >= 0)
-        if window:
-            allowed &= distance < window
-        # Rows of padded queries may attend the first token, so that no softmax is empty.
-        allowed |= ~allowed.any(-1, keepdim=True) & (torch.arange(allowed.shape[-1]) == 0)
-        bias = bias_from(allowed.to(device), dtype)
-    num_tokens = int(valid.sum(1).max())
+    if not (plain and causal_needs_no_mask(device, dtype)):
+        bias = bias_from(_allowed(valid, positions, q_positions, window).to(device, non_blocking=True), dtype)
+    cos_q, sin_q = rope.at(q_positions.to(device, non_blocking=True))
+    cos_k, sin_k = rope.at(positions.to(device, non_blocking=True))
     cos_q, sin_q, cos_k, sin_k = (x[:, :, None] for x in (cos_q, sin_q, cos_k, sin_k))
-    return SetLayout(span, valid, num_tokens, cos_q, sin_q, cos_k, sin_k, bias)
+    return SetLayout(span, valid, valid.sum(1).max(), cos_q, sin_q, cos_k, sin_k, bias)
+
+
+def _allowed(valid_nL: Tensor, positions_nL: Tensor, q_positions_nQ: Tensor, window: int | None) -> Tensor:
+    """Which places each query may attend, bool [n, Q, L]."""
+    distance = q_positions_nQ[:, :, None] - positions_nL[:, None]
+    allowed = valid_nL[:, None] & (distance >= 0)
+    if window:
+        allowed &= distance < window
+    # Rows of padded queries may attend the first token, so that no softmax is empty.
+    first = torch.arange(allowed.shape[-1], device=allowed.device) == 0
+    return allowed | (~allowed.any(-1, keepdim=True) & first)
+
+
+def _is_plain(
+    valid_nL: Tensor, positions_nL: Tensor, own_tokens_n: Tensor, num_queries: int, window: int | None
+) -> bool:
+    """Whether every query attends all places up to its own."""
+    if not bool(valid_nL.all()) or int(own_tokens_n.min()) < num_queries:
+        return False
+    return not window or int(positions_nL.max() - positions_nL.min()) < window
 
 
 def _span(valid_nL: Tensor) -> slice:
     used = valid_nL.any(0).nonzero().flatten()
     return slice(int(used[0]), int(used[-1]) + 1)
-
-
-def _wider(positions_nL: Tensor, window: int) -> bool:
-    return int(positions_nL.max() - positions_nL.min()) >= window

@@ -6,16 +6,17 @@ import torch
 from torch import Tensor
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
     """Rotate the first `cos.shape[-1]` dims of `x` in the half-split convention; further dims pass through.
 
     Args:
         x: [..., D] queries or keys before RoPE.
         cos: broadcastable to [..., R], R ≤ D even, as the model's own rotary module returns it (both halves equal).
         sin: like `cos`.
+        out: where to write, of the shape and dtype of `x`, in any layout; not with gradients.
 
     Returns:
-        A new tensor of the shape and dtype of `x`.
+        A new tensor of the shape and dtype of `x`, or `out`.
     """
     rotary_dims = cos.shape[-1]
     half = rotary_dims // 2
@@ -24,11 +25,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if x.requires_grad:
         parts = [first * cos - second * sin, second * cos + first * sin, x[..., rotary_dims:]]
         return torch.cat(parts, dim=-1)
-    out = torch.empty_like(x)
+    out = torch.empty_like(x) if out is None else out
     # Four fused multiply(-add) passes over halves: on a CPU this is a third of the time of cat(-x2, x1) * sin.
     torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=out[..., half:rotary_dims]).addcmul_(first, sin)
-    out[..., rotary_dims:] = x[..., rotary_dims:]
+    if rotary_dims < x.shape[-1]:
+        out[..., rotary_dims:] = x[..., rotary_dims:]
     return out
 
 

@@ -1,0 +1,39 @@
+"""What the layers need of a page group on their device, brought there once and without waiting for it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .chunk import PageGroup
+
+
+class GroupTensors:
+    """Host knowledge of a group as tensors on one device.
+
+    Attributes:
+        table_ids, table_lengths, table_starts: of all pages of the group's table, int64 [P].
+        own_ids, own_lengths, own_starts: of the group's own slots, int64 [n, O].
+        own_tokens: tokens of each page, int64 [n]. ordinals: pages before each page, int64 [n].
+        ends: compact position of each page's first token, int64 [n].
+        is_sink: bool [n]. pinned: pages that are always attended, bool [P], or None.
+    """
+
+    def __init__(self, group: PageGroup, device: torch.device) -> None:
+        def there(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=True)
+
+        table = group.table
+        self.table_ids, self.table_lengths, self.table_starts = map(there, (table.ids, table.lengths, table.starts))
+        self.own_ids, self.own_lengths, self.own_starts = map(there, (group.ids, group.lengths, group.own_starts()))
+        self.own_tokens = there(group.lengths.sum(1))
+        self.ordinals = there(torch.tensor(group.num_past))
+        self.ends = there(torch.tensor(group.end))
+        self.is_sink = there(torch.tensor([past < table.num_sink for past in group.num_past]))
+        self.pinned = there(_marked(group.pinned, len(table))) if group.pinned else None
+
+
+def _marked(places: tuple[int, ...], size: int) -> Tensor:
+    marks = torch.zeros(size, dtype=torch.bool)
+    marks[list(places)] = True
+    return marks

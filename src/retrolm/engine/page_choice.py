@@ -1,0 +1,115 @@
+"""Which pages each page of a group attends in a layer (paper eq 6), by the engine's method and within the budget.
+
+How many each attends is known on the host beforehand; which ones, only on the device.
+Shape letters: n pages of a group, S slots, P past pages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..methods import PageTensors, choose_pages
+from .chunk import PageGroup
+from .group_tensors import GroupTensors
+from .prefill_parts import PrefillParts
+
+
+@dataclass
+class PageSets:
+    """The pages that each page of a group attends before itself.
+
+    Attributes:
+        sizes: how many. num_dense: leading pages of the group that attend everything before them, as one block.
+        picked_nS: ordinals, int64, ascending, -1 at the left of smaller sets; None if all pages are in the block.
+        scores_nP: of all past pages, or None where the layer has none of its own.
+    """
+
+    sizes: list[int]
+    num_dense: int
+    picked_nS: Tensor | None
+    scores_nP: Tensor | None = None
+
+
+class PageChooser:
+    """Chooses pages for the groups of one chunk."""
+
+    def __init__(self, parts: PrefillParts) -> None:
+        self._parts = parts
+
+    def choose(self, layer: int, group: PageGroup, on: GroupTensors, pages: PageTensors) -> PageSets:
+        """Keep the digests of `pages`, and choose for them."""
+        sizes = self.set_sizes(layer, group)
+        if not self._parts.backbone.retrieves(layer):
+            return PageSets(sizes, 0, _most_recent(group, sizes).to(on.ordinals.device, non_blocking=True))
+        method = self._parts.method_for(layer)
+        digests = method.digest(pages)
+        self._parts.digests.write(layer, group.ids.flatten(), digests.repeat_interleave(group.ids.shape[1], 0))
+        probes = self._shifted(layer, group, method.probe(pages))
+        num_dense = self._num_dense(group, sizes)
+        num_past = max(group.num_past)
+        if num_past == 0 or num_dense == len(group):
+            return PageSets(sizes, num_dense, pages.lengths.new_empty(1, 0) if num_past == 0 else None)
+        scores = method.score(probes, self._parts.digests.read(layer, on.table_ids[:num_past])).float()
+        picked = self._pick(layer, group, on, scores)
+        self._prefetch(layer, on, picked)
+        return PageSets(sizes, num_dense, picked, scores if self._parts.scores_pages(layer) else None)
+
+    def set_sizes(self, layer: int, group: PageGroup) -> list[int]:
+        """How many pages each page of `group` attends before itself."""
+        window = self._parts.backbone.layers[layer].window
+        if window and not self._parts.backbone.retrieves(layer):
+            return [_reached(group.table.lengths, past, window) for past in group.num_past]
+        num_sink = group.table.num_sink
+        room = self._room(layer, group)
+        return [min(past, min(num_sink, past) + max(free, 0)) for past, free in zip(group.num_past, room, strict=True)]
+
+    def _room(self, layer: int, group: PageGroup) -> list[int]:
+        """How many pages besides the sinks each page may attend."""
+        if self._parts.attends_all(layer):
+            return [max(past - group.table.num_sink, 0) for past in group.num_past]
+        return group.room
+
+    def _num_dense(self, group: PageGroup, sizes: list[int]) -> int:
+        """Leading text pages that leave nothing out, if there are several: one block attends faster than many sets."""
+        if group.is_query or not self._parts.config.dense_bypass:
+            return 0
+        partial = [row for row, past in enumerate(group.num_past) if sizes[row] < past] or [len(group)]
+        return partial[0] if partial[0] > 1 else 0
+
+    def _pick(self, layer: int, group: PageGroup, on: GroupTensors, scores_nP: Tensor) -> Tensor:
+        config, num_past = self._parts.config, scores_nP.shape[1]
+        pinned = None if on.pinned is None else on.pinned[:num_past]
+        room = self._room(layer, group)
+        return choose_pages(scores_nP, group.num_past, room, group.table.num_sink, config.num_local_pages, pinned)
+
+    def _prefetch(self, layer: int, on: GroupTensors, picked_nS: Tensor) -> None:
+        """The next layer often wants the same pages."""
+        if layer + 1 < self._parts.backbone.num_layers:
+            self._parts.store.prefetch(layer + 1, on.table_ids[picked_nS[-1].clamp(min=0)])
+
+    def _shifted(self, layer: int, group: PageGroup, probes_nF: Tensor) -> Tensor:
+        """With causal selection each text page uses the probe of the page before it (D22)."""
+        if not self._parts.config.causal_selection or group.is_query:
+            return probes_nF
+        before = group.last_probe.get(layer, probes_nF[:1])
+        group.last_probe[layer] = probes_nF[-1:]
+        return torch.cat([before, probes_nF[:-1]])
+
+
+def _reached(lengths: Tensor, past: int, window: int) -> int:
+    """How many of the `past` pages a sliding window of `window` tokens reaches."""
+    count, reach = 0, 0
+    while count < past and reach < window - 1:
+        count += 1
+        reach += int(lengths[past - count])
+    return count
+
+
+def _most_recent(group: PageGroup, sizes: list[int]) -> Tensor:
+    """The `sizes` pages right before each page, int64 [n, S]."""
+    ordinals = torch.tensor(group.num_past)[:, None]
+    picks = ordinals - torch.arange(max(sizes), 0, -1)
+    return picks.where(picks >= ordinals - torch.tensor(sizes)[:, None], -1)

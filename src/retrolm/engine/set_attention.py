@@ -1,0 +1,154 @@
+"""Normal tokens of a group attend their gathered sets: read pages, rotate keys to compact positions, attend.
+
+Shape letters: n pages of one attention call, S slots, O own slots, L gathered tokens, Q query tokens, W page size,
+H, K, D heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ops.attention import attend, head_major
+from ..ops.rotary import rotate
+from .captures import LayerSet, QueryCapture
+from .chunk import PageGroup
+from .dense_block import DenseBlock
+from .gather import SetLayout, lay_out
+from .group_tensors import GroupTensors
+from .layer_call import LayerCall
+from .page_choice import PageSets
+from .prefill_parts import PrefillParts
+from .set_runs import SetRun, set_runs
+
+
+class SetAttention:
+    """Attention of one group of a chunk over all layers; what layers share is worked out once.
+
+    Attributes:
+        attended: most tokens of each kind of set in layers that choose pages, int64 [] each.
+    """
+
+    def __init__(self, parts: PrefillParts, group: PageGroup, capture: QueryCapture | None) -> None:
+        self._parts = parts
+        self._group = group
+        self._capture = capture
+        self._runs: dict[tuple[object, ...], list[SetRun]] = {}
+        self._layouts: dict[tuple[object, ...], SetLayout] = {}
+        self._blocks: dict[int, DenseBlock] = {}
+        self.attended: list[Tensor] = []
+
+    def attend(self, call: LayerCall, on: GroupTensors, sets: PageSets, q_nQHD: Tensor, out: Tensor) -> None:
+        """Fill `out` [n, Q, H, D] where there are tokens."""
+        if sets.num_dense:
+            self._attend_block(call, on, sets.num_dense, q_nQHD, out)
+        for run in self._runs_of(call.layer, sets):
+            self._attend_run(call, on, sets, run, q_nQHD, out)
+
+    def _attend_block(self, call: LayerCall, on: GroupTensors, num_pages: int, q_nQHD: Tensor, out: Tensor) -> None:
+        if num_pages not in self._blocks:
+            self._blocks[num_pages] = DenseBlock(self._parts, self._group, num_pages)
+        block = self._blocks[num_pages]
+        block.attend(call, on, q_nQHD[:num_pages], out[:num_pages])
+        if self._parts.backbone.retrieves(call.layer):
+            self.attended.append(torch.tensor(block.num_tokens))
+
+    def _attend_run(
+        self, call: LayerCall, on: GroupTensors, sets: PageSets, run: SetRun, q_nQHD: Tensor, out: Tensor
+    ) -> None:
+        assert sets.picked_nS is not None
+        picked = sets.picked_nS[run.rows, sets.picked_nS.shape[1] - run.size :]
+        layout = self._layout(call.layer, on, run, picked)
+        keys, values = self._gather(call.layer, on, run.rows, picked, layout)
+        tokens = layout.cos_q.shape[1]
+        q = q_nQHD[run.rows, :tokens]
+        q = rotate(q, layout.cos_q, layout.sin_q, out=head_major(*q.shape, like=q))
+        bias = layout.bias_nQL
+        attend(q, keys, values, bias, call.scale, call.softcap, causal=bias is None, out=out[run.rows, :tokens])
+        if self._capture is not None:
+            scores = None if sets.scores_nP is None else sets.scores_nP[0]
+            self._capture.keep(LayerSet(keys[0], values[0], layout.valid_nL[0], picked[0], scores))
+
+    def _gather(
+        self, layer: int, on: GroupTensors, rows: slice, picked_nS: Tensor, layout: SetLayout
+    ) -> tuple[Tensor, Tensor]:
+        """Keys, rotated to compact positions, and values of [selected | own] pages: [n, L, K, D] each."""
+        own_ids = on.own_ids[rows]
+        past_ids = on.table_ids[picked_nS.clamp(min=0)].where(picked_nS >= 0, own_ids[:, :1])
+        ids = torch.cat([past_ids, own_ids], 1)
+        found = self._parts.store.read(layer, ids.flatten())
+        dtype = self._parts.backbone.dtype
+        keys, values = (x.to(dtype).unflatten(0, (len(ids), -1)).flatten(1, 2)[:, layout.span] for x in found)
+        return rotate(keys, layout.cos_k, layout.sin_k, out=head_major(*keys.shape, like=keys)), values
+
+    # --- what layers share ----------------------------------------------------------------------------------
+
+    def _runs_of(self, layer: int, sets: PageSets) -> list[SetRun]:
+        backbone = self._parts.backbone
+        info, by_choice = backbone.layers[layer], backbone.retrieves(layer)
+        key = (by_choice, tuple(sets.sizes), sets.num_dense, info.device)
+        if key not in self._runs:
+            num_local = self._parts.config.num_local_pages
+            self._runs[key] = set_runs(self._group, sets.sizes, sets.num_dense, num_local, by_choice, info.device)
+        return self._runs[key]
+
+    def _layout(self, layer: int, on: GroupTensors, run: SetRun, picked_nS: Tensor) -> SetLayout:
+        info = self._parts.backbone.layers[layer]
+        if run.alike is None:
+            layout = self._lay_out_chosen(layer, on, run, picked_nS)
+        else:
+            key = (*self._shape(run), info.window, info.layer_type, info.device)
+            if key not in self._layouts:
+                self._layouts[key] = self._lay_out_alike(layer, run, run.alike)
+            layout = self._layouts[key]
+        if self._parts.backbone.retrieves(layer):
+            self.attended.append(layout.num_tokens)
+        return layout
+
+    def _shape(self, run: SetRun) -> tuple[object, ...]:
+        """What two runs must agree in to share a layout."""
+        assert run.alike is not None
+        group, table = self._group, self._group.table
+        rows = run.rows if len(run.alike) > 1 else slice(run.rows.start, run.rows.start + 1)
+        lengths, starts = (tuple(x[run.alike].flatten().tolist()) for x in (table.lengths, table.starts))
+        own_lengths, own_starts = (tuple(x[rows].flatten().tolist()) for x in (group.lengths, group.own_starts()))
+        return lengths, starts, own_lengths, own_starts, tuple(group.end[rows])
+
+    def _lay_out_alike(self, layer: int, run: SetRun, alike_nS: Tensor) -> SetLayout:
+        group, table = self._group, self._group.table
+        rows = slice(run.rows.start, run.rows.start + len(alike_nS))
+        own_starts, ends = group.own_starts()[rows], torch.tensor(group.end[rows])
+        return self._lay_out(
+            layer, run, table.lengths[alike_nS], table.starts[alike_nS], group.lengths[rows], own_starts, ends
+        )
+
+    def _lay_out_chosen(self, layer: int, on: GroupTensors, run: SetRun, picked_nS: Tensor) -> SetLayout:
+        lengths = on.table_lengths[picked_nS.clamp(min=0)] * (picked_nS >= 0)
+        starts, rows = on.table_starts[picked_nS.clamp(min=0)], run.rows
+        return self._lay_out(layer, run, lengths, starts, on.own_lengths[rows], on.own_starts[rows], on.ends[rows])
+
+    def _lay_out(
+        self,
+        layer: int,
+        run: SetRun,
+        lengths_nS: Tensor,
+        starts_nS: Tensor,
+        own_lengths_nO: Tensor,
+        own_starts_nO: Tensor,
+        ends_n: Tensor,
+    ) -> SetLayout:
+        backbone = self._parts.backbone
+        info = backbone.layers[layer]
+        return lay_out(
+            lengths_nS,
+            starts_nS,
+            own_lengths_nO,
+            own_starts_nO,
+            ends_n,
+            int(self._group.lengths[run.rows].sum(1).max()),
+            self._parts.config.page_size,
+            backbone.rope(layer),
+            info.window,
+            backbone.dtype,
+            info.device,
+        )

@@ -1,0 +1,76 @@
+"""Runs of pages whose gathered sets look alike, so that one layout and one attention call serve them all.
+
+Shape letters: n pages of a run, S slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from .chunk import PageGroup
+
+# A CPU works fastest on one page's set at a time, which fits its caches; a GPU on many.
+_MOST_PAGES = {"cpu": 1}
+_MOST_PAGES_ELSEWHERE = 64
+
+
+@dataclass
+class SetRun:
+    """Consecutive pages of a group with sets of one size and equal own lengths.
+
+    Attributes:
+        rows: which pages of the group. size: pages each attends before itself.
+        alike: pages, int64 [1 or n, S] on the host, that take up the same room as those attended (one row stands for
+            all); None where that depends on the choice.
+    """
+
+    rows: slice
+    size: int
+    alike: Tensor | None
+
+
+def set_runs(
+    group: PageGroup, sizes: Sequence[int], first: int, num_local: int, by_choice: bool, device: torch.device
+) -> list[SetRun]:
+    """Cut the pages of `group` from row `first` on into runs.
+
+    Args:
+        sizes: pages each page attends before itself.
+        num_local: most recent pages that are always attended.
+        by_choice: pages are chosen; else the most recent ones are attended (sliding layers).
+    """
+    most = _MOST_PAGES.get(device.type, _MOST_PAGES_ELSEWHERE)
+    own_tokens = group.lengths.sum(1).tolist()
+    alike = [_alike(group, row, sizes[row], num_local) if by_choice else None for row in range(first, len(group))]
+    shapes = [None if x is None else tuple(group.table.lengths[x[0]].tolist()) for x in alike]
+    kinds = list(zip(sizes[first:], own_tokens[first:], group.end[first:], shapes, strict=True))
+    runs, start = [], first
+    for (size, *_), same in groupby(kinds):
+        stop = start + len(list(same))
+        for at in range(start, stop, most):
+            rows = slice(at, min(at + most, stop))
+            runs.append(SetRun(rows, size, alike[at - first] if by_choice else _recent(group, rows, size)))
+        start = stop
+    return runs
+
+
+def _alike(group: PageGroup, row: int, size: int, num_local: int) -> Tensor | None:
+    """Pages [1, S] with the lengths of those that page `row` will choose, or None if these can differ."""
+    table, past = group.table, group.num_past[row]
+    num_sink = min(table.num_sink, past)
+    certain = num_local if size - num_sink >= num_local + len(group.pinned) else 0
+    open_to_choice = table.lengths[num_sink : max(past - certain, num_sink)]
+    if size < past and bool((open_to_choice != table.page_size).any()):
+        return None
+    others = torch.arange(past - (size - num_sink), past)
+    return torch.cat([torch.arange(num_sink), others])[None]
+
+
+def _recent(group: PageGroup, rows: slice, size: int) -> Tensor:
+    """The `size` pages before each page, int64 [n, S]."""
+    return torch.tensor(group.num_past[rows])[:, None] - torch.arange(size, 0, -1)
