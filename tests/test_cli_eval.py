@@ -10,6 +10,7 @@ import pytest
 
 from cli_runner import run_cli
 from retrolm.evaluation.journal import read_lines
+from retrolm.evaluation.retrieval.scores import page_indexes
 from tiny_folder import save_tiny_model
 
 GOLDEN = Path(__file__).parent / "golden" / "infinitebench"
@@ -31,7 +32,7 @@ def test_a_run_writes_rows_and_goes_on_where_it_was(model: Path, tmp_path: Path)
     assert outcome.code == 0 and len(outcome.out.splitlines()) == 6 and "[6/6] ruler/vt · 1200" in outcome.err
     rows = list(read_lines(tmp_path / "samples.jsonl"))
     assert len(rows) == 12 and {row["model"] for row in rows} == {"tiny"}
-    assert all(("pages" in row) == (row["method"] != "full") for row in rows)
+    assert all(bool(row["pages"]["ranked"]) == (row["method"] != "full") for row in rows)
     before = (tmp_path / "samples.jsonl").read_bytes()
     assert run_cli(*words).out == outcome.out
     assert (tmp_path / "samples.jsonl").read_bytes() == before
@@ -77,11 +78,29 @@ def test_page_recall_is_measured_once_and_drawn(model: Path, tmp_path: Path) -> 
     rows = list(read_lines(tmp_path / "out" / "recall.jsonl"))
     assert outcome.code == 0 and {"attention_mass", "mean_key", "untrained_bookmarks"} <= {r["index"] for r in rows}
     assert all({"recall", "best_layer", "layers", "config_hash", "commit"} <= set(row) for row in rows)
+    for row in rows:
+        assert row["recall_ci"][0] <= row["recall"] <= row["recall_ci"][1] and row["scoring_layers"] == [1, 2]
+        assert row["best_recall"] == max(row["layers"][1:]) <= row["best_recall_ci"][1]
+    assert {row["num_pages"] for row in rows} == {8, 14}
+    assert {row["index"] for row in rows} >= set(page_indexes())
     (picture,) = (tmp_path / "out").glob("heatmap_*.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
     before = (tmp_path / "out" / "recall.jsonl").read_bytes()
     assert run_cli(*words).code == 0
     assert (tmp_path / "out" / "recall.jsonl").read_bytes() == before
+
+
+def test_page_recall_is_reported_by_layer_for_the_indexes_asked_for(model: Path, tmp_path: Path) -> None:
+    books = tmp_path / "essays.txt"
+    books.write_text("The grass is green. The sky is blue. " * 400, encoding="utf-8")
+    words = ["eval", "retrieval", "--model", model, "--task", "ruler/niah_single_2", "--lengths", 1024]
+    words += ["--num-samples", 2, "--page-size", 32, "--task-option", f"essays={books}", "--out", tmp_path / "rows"]
+    run_cli(*words, "--index", "quest").refused_in_one_line("page index 'quest'", "quest_pages")
+    assert run_cli(*words, "--index", "quest_pages").code == 0
+    assert run_cli("report", tmp_path / "rows", "--out", tmp_path / "report").code == 0
+    report = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert "recall in 14 pages by layer\n\n|  | 0 | 1 | 2 |" in report and "| quest_pages | – |" in report  # noqa: RUF001
+    assert "mean_key" not in report and "untrained_bookmarks" in report
 
 
 # --- predictions of others -----------------------------------------------------------------------------------------

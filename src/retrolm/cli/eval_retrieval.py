@@ -23,15 +23,23 @@ def retrieval(
     sets: SetOptions,
     backbone: BackboneOptions,
     out: Annotated[Path, typer.Option(help="Folder for the rows; a stopped run goes on there.")],
+    index: Annotated[
+        list[str],
+        typer.Option("--index", help="Training-free page method to compare with; may be repeated.",
+                     show_default="all of them"),
+    ] = [],  # noqa: B006
     heatmap: Annotated[int, typer.Option(help="Questions per set to draw as maps of layers and pages.", min=0)] = 0,
-) -> None:
+) -> None:  # fmt: skip
     """Measure page recall on dense prefill: trained retrievers, untrained bookmarks, training-free indexes, oracle."""
     sets.check()
     from ..evaluation.retrieval.run import run_recall
+    from ..evaluation.retrieval.scores import page_indexes
 
+    indexes = page_indexes(index)
     lm = load_bare(backbone)
     facts = {"model": backbone.label, "seed": sets.seed, **run_provenance()}
-    run_recall(lm, sets.make(lm.tokenizer), load_retrievers(lm, backbone.retriever), out, facts, heatmap, _show)
+    retrievers = load_retrievers(lm, backbone.retriever)
+    run_recall(lm, sets.make(lm.tokenizer), retrievers, out, facts, heatmap, indexes, _show)
 
 
 def load_bare(backbone: BackboneOptions) -> RetroLM:
@@ -66,10 +74,14 @@ def _show(rows: list[dict[str, Any]]) -> None:
         (
             row["index"],
             count(row["num_pages"]),
-            f"{row['recall']:.2f}",
-            f"{row['best_recall']:.2f} (layer {row['best_layer']})",
+            _share(row["recall"], row.get("recall_ci")),
+            f"{_share(row['best_recall'], row.get('best_recall_ci'))} (layer {row['best_layer']})",
         )
         for row in rows
     ]
     title = f"{first['task']} · {first['length'] or 'natural'} · {first['num_samples']} questions"
     show_table(("index", "pages", "recall", "best layer"), cells, title=title, right=(1, 2, 3))
+
+
+def _share(value: float, ends: list[float] | None) -> str:
+    return f"{value:.2f}" if ends is None else f"{value:.2f} [{ends[0]:.2f}, {ends[1]:.2f}]"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from ...engine.model import RetroLM
 from ...metrics.page_recall import page_hits
 from ...retriever import PageRetriever
+from ..statistics import score_interval
 from .cases import RetrievalCase
 from .scores import score_pages
 
@@ -21,19 +22,21 @@ def recall_rows(
     lm: RetroLM,
     cases: Iterable[RetrievalCase],
     retrievers: Mapping[str, PageRetriever],
+    indexes: Sequence[str] = (),
     progress: Callable[[int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Recall of every index over `cases`.
 
     Returns:
         One row per index and number of pages: {"index", "num_pages", "recall" (mean over the layers that score),
-        "best_layer", "best_recall", "layers" (recall per layer), "num_samples"}. The pages compete without the last
-        text page, which is always attended; any gold page counts.
+        "best_layer", "best_recall", "layers" (recall per layer), "scoring_layers", "num_samples"}, and 95% intervals
+        over questions as "recall_ci" (bootstrap) and "best_recall_ci" (of the layer found best). The pages compete
+        without the last text page, which is always attended; any gold page counts.
     """
     hits: dict[tuple[str, int], list[Tensor]] = {}
     count = 0
     for count, case in enumerate(cases, start=1):
-        for name, scores in score_pages(lm, case.batch, retrievers).items():
+        for name, scores in score_pages(lm, case.batch, retrievers, indexes).items():
             for num_pages in NUM_PAGES:
                 hits.setdefault((name, num_pages), []).append(case_hits(scores, case, num_pages))
         if progress is not None:
@@ -58,12 +61,21 @@ def _row(lm: RetroLM, name: str, num_pages: int, hits_NL: Tensor) -> dict[str, A
     ]
     by_layer = hits_NL.mean(0)
     chosen = by_layer[scoring]
+    best = scoring[int(chosen.argmax())]
     return {
         "index": name,
         "num_pages": num_pages,
         "recall": round(float(chosen.mean()), 4),
-        "best_layer": scoring[int(chosen.argmax())],
+        "recall_ci": _interval(hits_NL[:, scoring].mean(1)),
+        "best_layer": best,
         "best_recall": round(float(chosen.max()), 4),
+        "best_recall_ci": _interval(hits_NL[:, best]),
+        "scoring_layers": scoring,
         "layers": [round(float(x), 4) for x in by_layer],
         "num_samples": len(hits_NL),
     }
+
+
+def _interval(values_N: Tensor) -> list[float]:
+    low, high = score_interval([round(float(value), 6) for value in values_N])
+    return [round(low, 4), round(high, 4)]

@@ -28,6 +28,7 @@ def run_recall(
     out: Path,
     facts: dict[str, Any],
     num_heatmaps: int = 0,
+    indexes: Sequence[str] = (),
     on_set: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
     """Measure each set once and keep its rows in `out`; sets whose rows are there are not measured again.
@@ -35,6 +36,7 @@ def run_recall(
     Args:
         facts: what the rows state besides: model, seed and provenance.
         num_heatmaps: questions of each set whose scores are drawn, layer by page.
+        indexes: names of training-free page methods.
         on_set: called with the rows of each set.
 
     Returns all rows of the folder. A set without a single usable question gives one row with `num_samples` 0.
@@ -43,25 +45,28 @@ def run_recall(
     path = out / RECALL_FILE
     rows = list(read_lines(path)) if path.exists() else []
     for part in sets:
-        key = digest([[sample.to_json() for sample in part.samples], *_identity(lm, retrievers, facts)])
+        key = digest([[sample.to_json() for sample in part.samples], *_identity(lm, retrievers, indexes, facts)])
         found = [row for row in rows if row["config_hash"] == key]
         if not found:
-            found = _measure(lm, part, retrievers, {**facts, "config_hash": key}, out, num_heatmaps)
+            found = _measure(lm, part, retrievers, indexes, {**facts, "config_hash": key}, out, num_heatmaps)
             rows += found
             write_lines(path, rows)
         on_set(found)
     return rows
 
 
-def _identity(lm: RetroLM, retrievers: Mapping[str, PageRetriever], facts: dict[str, Any]) -> list[Any]:
+def _identity(
+    lm: RetroLM, retrievers: Mapping[str, PageRetriever], indexes: Sequence[str], facts: dict[str, Any]
+) -> list[Any]:
     digests = {name: retriever_digest(retriever) for name, retriever in retrievers.items()}
-    return [facts["model"], lm.backbone.fingerprint(), str(lm.backbone.dtype), lm.config.page_size, digests]
+    return [facts["model"], lm.backbone.fingerprint(), str(lm.backbone.dtype), lm.config.page_size, digests, *indexes]
 
 
 def _measure(
     lm: RetroLM,
     part: SampleSet,
     retrievers: Mapping[str, PageRetriever],
+    indexes: Sequence[str],
     facts: dict[str, Any],
     out: Path,
     num_heatmaps: int,
@@ -74,5 +79,5 @@ def _measure(
         shown = {name: scores[name] for name in (ORACLE, *(retrievers or ["untrained_bookmarks"]))}
         name = f"heatmap_{part.task.name.replace('/', '_')}_{part.length or 'natural'}_{case.sample_id}.png"
         draw_heatmap(shown, case.gold, f"{part.task.name}, sample {case.sample_id}", out / name)
-    found = recall_rows(lm, cases, retrievers) or [{"index": None, "num_samples": 0}]
+    found = recall_rows(lm, cases, retrievers, indexes) or [{"index": None, "num_samples": 0}]
     return [{**head, **row, **facts} for row in found]

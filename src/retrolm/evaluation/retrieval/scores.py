@@ -5,7 +5,7 @@ Shape letters: T tokens, P text pages, W page width, H, K heads, D head dim, Q q
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,31 +15,47 @@ from ...engine.dense_pass import dense_pass
 from ...engine.model import RetroLM
 from ...engine.page_attention import PageAttention
 from ...engine.page_batch import PageBatch
-from ...methods import METHODS, PageTensors
+from ...errors import unknown
+from ...methods import METHODS, PageMethod, PageTensors
 from ...retriever import PageRetriever
 
-TRAINING_FREE = ("mean_key", "quest_pages", "random", "recency")
 ORACLE = "attention_mass"
 UNTRAINED = "untrained_bookmarks"
 
 
+def page_indexes(names: Sequence[str] = ()) -> tuple[str, ...]:
+    """The registered page methods that need no bookmarks, or those of them that are named.
+
+    Raises `UserError` for a name that is none.
+    """
+    kinds = {name: METHODS.get(name) for name in METHODS}
+    known = [name for name, kind in kinds.items() if issubclass(kind, PageMethod) and not kind.needs_bookmarks]
+    for name in names:
+        if name not in known:
+            raise unknown("page index", name, known)
+    return tuple(dict.fromkeys(names)) or tuple(known)
+
+
 @torch.no_grad()
-def score_pages(lm: RetroLM, batch: PageBatch, retrievers: Mapping[str, PageRetriever]) -> dict[str, Tensor]:
+def score_pages(
+    lm: RetroLM, batch: PageBatch, retrievers: Mapping[str, PageRetriever], indexes: Sequence[str] = ()
+) -> dict[str, Tensor]:
     """Score every text page of one sequence with every index.
 
     Args:
-        batch: one sequence (B = 1). retrievers: trained retrievers by name.
+        batch: one sequence (B = 1). retrievers: trained retrievers by name. indexes: names of training-free page
+            methods.
 
     Returns:
-        float32 [L, P] by index name: the retrievers, untrained bookmarks, `TRAINING_FREE`, and the question's true
-        attention mass on each page, mean over heads and question tokens (the oracle).
+        float32 [L, P] by index name: `indexes`, the question's true attention mass on each page, mean over heads and
+        question tokens (the oracle), untrained bookmarks, and the retrievers.
     """
     batch = batch.to(lm.device)
-    found: dict[str, list[Tensor]] = {name: [] for name in TRAINING_FREE}
+    found: dict[str, list[Tensor]] = {name: [] for name in indexes}
     attention = PageAttention(lm.backbone, batch, range(lm.backbone.num_layers))
 
     def observe(layer: int, q_BTHD: Tensor, k_BTKD: Tensor) -> None:
-        for name in TRAINING_FREE:
+        for name in indexes:
             found[name].append(_index_scores(name, layer, batch, q_BTHD[0], k_BTKD[0]))
         attention(layer, q_BTHD, k_BTKD)
 
@@ -56,6 +72,7 @@ def score_pages(lm: RetroLM, batch: PageBatch, retrievers: Mapping[str, PageRetr
 def _index_scores(name: str, layer: int, batch: PageBatch, q_THD: Tensor, k_TKD: Tensor) -> Tensor:
     """Scores [P] of a training-free page index."""
     method = METHODS.get(name)()
+    assert isinstance(method, PageMethod)
     starts, lengths = batch.starts_BM[0], batch.lengths_BM[0]
     pages = _page_tensors(layer, q_THD, k_TKD, starts[:-1], lengths[:-1], first=0)
     question = _page_tensors(layer, q_THD, k_TKD, starts[-1:], lengths[-1:], first=len(starts) - 1)
