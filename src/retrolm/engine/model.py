@@ -17,8 +17,8 @@ from ..errors import UserError
 from ..methods import METHODS, PageMethod
 from ..paging import PageTable, page_lengths
 from ..retriever import PageRetriever, load_retriever
-from ..store import DigestIndex, PageLayout, PageStore, ResidentStore, TieredStore
-from . import answer_dense, answer_pages  # noqa: F401  (each files its program)
+from ..store import DigestIndex, DiskStore, PageLayout, PageStore, ResidentStore, TieredStore
+from . import answer_dense, answer_pages, answer_prune  # noqa: F401  (each files its program)
 from .answering import PROGRAMS, Prompt
 from .answers import build_answer, build_retrieval
 from .adapter import LoraAdapter, load_adapter
@@ -72,6 +72,7 @@ class RetroLM:
         self.method = METHODS.get(method).with_options(method_options)
         self.retriever: PageRetriever | None = None
         self.adapter: LoraAdapter | None = None
+        self._disk_tier: tuple[Path, int] | None = None
         self.model = model
         self.backbone = Backbone(model, self._position_limit())
         if self.method.has_budget and self.config.kv_budget > self.backbone.window:
@@ -210,7 +211,7 @@ class RetroLM:
         seconds = time.perf_counter() - started
         peak = max(result.peak_attended for result in results)
         return [
-            Document(self, encoder, text, paged.table, self._spans(paged, offsets), paged.pages, seconds, peak)
+            Document(self, encoder, text, paged.table, self._spans(paged.pages, offsets), paged.pages, seconds, peak)
             for (text, _, offsets), paged in zip(inputs, texts, strict=True)
         ]
 
@@ -269,34 +270,55 @@ class RetroLM:
         ids = store.reserve(len(pages))
         return PagedText(PageTable(ids, lengths, max(num_prefix_pages, 1), self.config.page_size), pages)
 
-    def _spans(self, paged: PagedText, offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    def _spans(self, pages: list[list[int]], offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
         if not offsets:
-            return [(0, 0)] * len(paged.pages)
-        num_prefix = sum(map(len, paged.pages)) - len(offsets)
+            return [(0, 0)] * len(pages)
+        num_prefix = sum(map(len, pages)) - len(offsets)
         spans, at = [], -num_prefix
-        for page in paged.pages:
+        for page in pages:
             stop = at + len(page)
             spans.append((offsets[max(at, 0)][0], offsets[stop - 1][1]) if stop > 0 else (0, 0))
             at = stop
         return spans
 
-    def _new_store(self, num_pages: int) -> PageStore:
+    def page_layout(self) -> PageLayout:
+        """Shape and dtype of this model's stored pages."""
         backbone, config = self.backbone, self.config
         dtype = _STORE_DTYPES[config.store_dtype] if config.store_dtype else backbone.dtype
-        layout = PageLayout(
-            config.page_size,
-            backbone.num_kv_heads,
-            backbone.head_dim,
-            dtype,
-            tuple(info.device for info in backbone.layers),
-        )
+        devices = tuple(info.device for info in backbone.layers)
+        return PageLayout(config.page_size, backbone.num_kv_heads, backbone.head_dim, dtype, devices)
+
+    def use_disk_tier(self, folder: str | Path, host_kv_bytes: int) -> None:
+        """Keep at most `host_kv_bytes` of KV in host memory from now on; the rest lies in a file in `folder`.
+
+        Changes where pages live, not results. The file has no name and goes with the process.
+        """
+        self._disk_tier = (Path(folder), host_kv_bytes)
+
+    def _new_store(self, num_pages: int) -> PageStore:
+        config, layout = self.config, self.page_layout()
+        least = config.kv_budget // config.page_size + 3
         store: PageStore
-        if config.device_kv_bytes is None:
+        if self._disk_tier is not None:
+            folder, host_bytes = self._disk_tier
+            store = DiskStore(layout, host_bytes, folder, least, config.device_kv_bytes)
+        elif config.device_kv_bytes is None:
             store = ResidentStore(layout)
         else:
-            store = TieredStore(layout, config.device_kv_bytes, config.kv_budget // config.page_size + 3)
+            store = TieredStore(layout, config.device_kv_bytes, least)
         store.release(store.reserve(num_pages + _SPARE_PAGES))
         return store
+
+    def encoder_over(self, store: PageStore, **parts: Any) -> Encoder:
+        """An encoder over pages kept elsewhere; `parts`: fields of `PrefillParts` that differ."""
+        return self._encoder(store).with_parts(**parts)
+
+    def cut(self, text: str) -> tuple[list[list[int]], list[tuple[int, int]], int]:
+        """A text as pages, not read yet: token ids and character span of each, and how many are prefix pages."""
+        _, ids, offsets = self.tokenise(text)
+        prefix, joined = self.split_head()
+        pages = self._cut(prefix, joined + ids)
+        return pages, self._spans(pages, offsets), len(page_lengths(len(prefix), self.config.page_size))
 
     def _encoder(self, store: PageStore) -> Encoder:
         if not isinstance(self.method, PageMethod):
