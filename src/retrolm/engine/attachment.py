@@ -26,6 +26,7 @@ class Program(Protocol):
     """What a forward pass does in each layer.
 
     A program whose rows end in bookmarks says how many in `num_bookmarks`: adapters leave these out.
+    One that sets `uses_stock_rope` works at true positions and leaves RoPE's frequencies to the stock module.
     """
 
     def project(self, layer: int, name: str, rows: Tensor, out: Tensor) -> Tensor | None:
@@ -124,7 +125,8 @@ class Attachment:
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: tuple[Tensor, Tensor]
         ) -> tuple[Tensor, Tensor] | None:
-            if self._running() is None:
+            program = self._running()
+            if program is None or getattr(program, "uses_stock_rope", False):
                 return None
             positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
             layer_type = args[2] if len(args) > 2 else kwargs.get("layer_type")

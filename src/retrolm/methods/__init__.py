@@ -1,6 +1,18 @@
 """Methods of all kinds: tensors in, page or token choice out. One file per method; importing this files them all."""
 
-from . import bookmark, full, mean_key, quest, random, recency
+from . import (
+    bookmark,
+    full,
+    h2o,
+    mean_key,
+    pyramidkv,
+    quest,
+    random,
+    recency,
+    snapkv,
+    streaming_postfill,
+    tova,
+)
 from .base import METHODS, BudgetError, Method, PageMethod, PageTensors, page_method
 from .selection import choose_pages
 
@@ -13,9 +25,14 @@ __all__ = [
     "bookmark",
     "choose_pages",
     "full",
+    "h2o",
     "mean_key",
     "page_method",
+    "pyramidkv",
     "quest",
     "random",
     "recency",
+    "snapkv",
+    "streaming_postfill",
+    "tova",
 ]
