@@ -150,7 +150,9 @@ def load_adapter(folder: str | Path, backbone: Backbone) -> LoraAdapter:
     folder = Path(folder)
     config = _read_json(folder, CONFIG_FILE)
     _check_kind(folder, config)
-    card = AdapterCard(**_read_json(folder, CARD_FILE)) if (folder / CARD_FILE).is_file() else AdapterCard({}, folder.name)
+    card = (
+        AdapterCard(**_read_json(folder, CARD_FILE)) if (folder / CARD_FILE).is_file() else AdapterCard({}, folder.name)
+    )
     check_backbone(card, backbone)
     tensors = _read_tensors(folder)
     paths = dict.fromkeys(key.rpartition(".lora_")[0] for key in tensors)
@@ -209,8 +211,8 @@ def _fitting(backbone: Backbone, path: str, tensors: dict[str, Tensor], folder: 
     if path not in known or down is None or up is None or (down.shape[1], up.shape[0]) != known[path]:
         got = None if down is None or up is None else (down.shape[1], up.shape[0])
         raise UserError(
-            f"The adapter in {folder} doesn't fit this model: {path} is {got} there and {known.get(path)} here. Load it "
-            "with the model it was trained on."
+            f"The adapter in {folder} doesn't fit this model: {path} is {got} there and {known.get(path)} here. Load "
+            "it with the model it was trained on."
         )
     return known[path]
 
@@ -252,7 +254,9 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"{folder} holds no adapter weights: {WEIGHTS_FILE} is missing. Save the adapter again.")
     try:
         found = load_file(path)
-        plain = {key: _unpacked(value, found.get(key + ".scale")) for key, value in found.items() if ".scale" not in key}
+        plain = {
+            key: _unpacked(value, found.get(key + ".scale")) for key, value in found.items() if ".scale" not in key
+        }
     except Exception as error:
         raise UserError(f"{path} can't be read ({error}). Save the adapter again.") from None
     if not plain or not all(bool(value.isfinite().all()) for value in plain.values()):

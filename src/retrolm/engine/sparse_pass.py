@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..config import RetroConfig
 from ..errors import UserError
-from ..methods import METHODS, PageMethod, PageTensors, choose_pages
+from ..methods import PageMethod, PageTensors, choose_pages, page_method
 from ..ops.attention import attend, bias_from
 from ..ops.page_gather import gather_pages
 from ..ops.rotary import rotate, unscaled
@@ -229,11 +229,13 @@ class SparseProgram:
         sees_sink = self._config.bookmark_span == "sink_page"
         num_sink = self.pages.lengths[0] if sees_sink else 0
         M = len(self.pages.lengths)
-        sinks = [x[:1, :num_sink].expand(M, -1, -1, -1) for x in (own_k, own_v)]
+        sink_k, sink_v = (x[:1, :num_sink].expand(M, -1, -1, -1) for x in (own_k, own_v))
         lengths = torch.tensor(self.pages.lengths, device=q_MHD.device)
         is_sink = torch.arange(M, device=q_MHD.device) == 0
         rope = self._backbone.rope(layer)
-        return attend_bookmarks(q_MHD, k_MKD, v_MKD, own_k, own_v, lengths, *sinks, is_sink, rope, scale, softcap)
+        return attend_bookmarks(
+            q_MHD, k_MKD, v_MKD, own_k, own_v, lengths, sink_k, sink_v, is_sink, rope, scale, softcap
+        )
 
     # --- which pages --------------------------------------------------------------------------------------------
 
@@ -255,7 +257,7 @@ class SparseProgram:
     def _method_for(self, layer: int) -> PageMethod:
         if layer >= self._config.num_skip_layers:
             return self._method
-        return METHODS.get("mean_key" if self._config.first_layer_mode == "mean_key" else "recency")()
+        return page_method("mean_key" if self._config.first_layer_mode == "mean_key" else "recency")()
 
     def _page_tensors(self, layer: int, q: Tensor, k: Tensor, keys: Tensor) -> PageTensors:
         T = self.pages.num_tokens
@@ -299,20 +301,25 @@ class SparseProgram:
         return dense[0] if self._dense_block else 0
 
     def _runs(self, layer: int, first: int) -> list[SetRun]:
-        """Pages from `first` on, grouped by the size of their sets and their own length."""
+        """Pages from `first` on, grouped by the size of their sets, whether the sink is in it, and their own length."""
         sizes, chosen = self._set_sizes(layer), self.chosen[layer]
+        kinds = [(size, self._has_sink(layer, page, size), self.pages.lengths[page]) for page, size in enumerate(sizes)]
         runs, start = [], first
-        for (size, _), same in groupby(zip(sizes[first:], self.pages.lengths[first:], strict=True)):
+        for (size, *_), same in groupby(kinds[first:]):
             stop = start + len(list(same))
             runs.append(SetRun(slice(start, stop), chosen[start:stop, chosen.shape[1] - size :]))
             start = stop
         return runs
 
+    def _has_sink(self, layer: int, page: int, size: int) -> bool:
+        """Whether a set of `size` pages before `page` begins with the sink, which may be short."""
+        return self._backbone.retrieves(layer) or size == page
+
     def _layout(self, layer: int, run: SetRun) -> SetLayout:
         """Positions and mask of a run: one row stands for all, since all pages but the first and last are full."""
         info, size = self._backbone.layers[layer], run.picked.shape[1]
         first = run.rows.start
-        has_sink = self._backbone.retrieves(layer) or size == first
+        has_sink = self._has_sink(layer, first, size)
         key = (size, first, has_sink, info.window, info.layer_type, info.device)
         if key not in self._layouts:
             before = ([0] * bool(size) if has_sink else []) + list(range(first - size + has_sink, first))

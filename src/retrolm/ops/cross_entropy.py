@@ -28,7 +28,7 @@ def chunked_cross_entropy(
     The gradient that comes back must be the same for every token (a sum or a mean of the result): that is what lets
     each chunk's logits be dropped at once. Anything else raises `ValueError`.
     """
-    losses: Tensor = _ChunkedCrossEntropy.apply(hidden_TC, weight_VC, labels_T, chunk, softcap)  # type: ignore[no-untyped-call]
+    losses: Tensor = _ChunkedCrossEntropy.apply(hidden_TC, weight_VC, labels_T, chunk, softcap)
     return losses
 
 

@@ -19,7 +19,7 @@ def gather_pages(pages_PWKD: Tensor, picked_nS: Tensor) -> Tensor:
     Args:
         picked_nS: page indices, int64, all in 0..P-1.
     """
-    gathered: Tensor = _Gather.apply(pages_PWKD, picked_nS)  # type: ignore[no-untyped-call]
+    gathered: Tensor = _Gather.apply(pages_PWKD, picked_nS)
     return gathered
 
 

@@ -1,0 +1,83 @@
+"""Language-model loss of a whole text in one pass, on retrieved pages or with full attention; differentiable.
+
+Shape letters: T tokens, L tokens with a loss.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import RetroConfig
+from ..methods import PageMethod, page_method
+from ..ops.cross_entropy import chunked_cross_entropy
+from .backbone import Backbone
+from .model import RetroLM
+from .running import checkpoint_contexts
+from .sparse_pass import SparsePages, SparseProgram
+
+
+def sparse_program(
+    lm: RetroLM, config: RetroConfig, num_tokens: int, num_prefix: int = 0, **options: Any
+) -> SparseProgram:
+    """The program of one text over `lm`'s pages and retriever (see `SparseProgram` for `options`).
+
+    Args:
+        num_prefix: leading tokens with a page of their own, as in reading documents; 0 = plain text.
+    """
+    method = lm.method if isinstance(lm.method, PageMethod) else page_method("retrolm")()
+    pages = SparsePages.cut(num_tokens, num_prefix, config.page_size)
+    program = SparseProgram(lm.backbone, config, method, lm.retriever, pages, **options)
+    lm.backbone.require_positions(program.num_positions)
+    return program
+
+
+def token_losses(
+    backbone: Backbone,
+    ids_T: Tensor,
+    program: SparseProgram | None,
+    bookmark: Tensor,
+    num_prefix: int = 0,
+    chunk: int = 1024,
+) -> Tensor:
+    """Negative log-likelihood of each token but the prefix and the first one, [L], in float32 or wider (D21).
+
+    Run it, and the backward pass, inside `Attachment.run(program)`.
+
+    Args:
+        ids_T: int64, on any device. program: None = the stock model's own full attention.
+        bookmark: embedding [hidden]. num_prefix: leading tokens that are not to be predicted.
+        chunk: tokens whose logits exist at once.
+    """
+    ids_T = ids_T.to(backbone.device)
+    hidden_TC = _hidden(backbone, ids_T, program, bookmark)
+    first = max(num_prefix, 1)
+    head: Any = backbone.model.get_output_embeddings()
+    softcap = getattr(backbone.config, "final_logit_softcapping", None)
+    rows = hidden_TC[first - 1 : len(ids_T) - 1].to(head.weight.device)
+    return chunked_cross_entropy(rows, head.weight, ids_T[first:].to(rows.device), chunk, softcap)
+
+
+def _hidden(backbone: Backbone, ids_T: Tensor, program: SparseProgram | None, bookmark: Tensor) -> Tensor:
+    """What the head reads: [T, hidden]."""
+    if program is None:
+        hidden: Tensor = backbone.decoder(input_ids=ids_T[None], use_cache=False).last_hidden_state[0]
+        return hidden
+    rows = backbone.embed(ids_T)
+    marks = bookmark.detach().to(rows).expand(program.num_bookmarks, -1)
+    inputs = torch.cat([rows, marks])[None]
+    positions = torch.zeros(inputs.shape[:2], dtype=torch.int64, device=inputs.device)
+    found: Tensor = backbone.decoder(inputs_embeds=inputs, position_ids=positions, use_cache=False).last_hidden_state
+    return found[0, : len(ids_T)]
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """Let each decoder layer keep its input alone and run again in the backward pass; puts the model in training mode.
+
+    The models of `FAMILIES` have no dropout unless their configuration asks for it.
+    """
+    enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
+    model.train()
