@@ -21,7 +21,7 @@ COMMANDS = {
     "pull": ("pull", "Fetch a demo model"),
     "models": ("models", "List the demo models and which of them are here"),
     "methods": ("methods", "List the page-selection methods"),
-    "retriever": ("retriever", "Look at trained page retrievers and pack them smaller"),
+    "retriever": ("retriever", "Look at trained page retrievers, pack them smaller, share them"),
     "data": ("data", "Prepare training data"),
     "train": ("train", "Train a page retriever"),
     "verify": ("verify", "Show that RetroLM equals the stock model where it should"),

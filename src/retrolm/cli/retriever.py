@@ -1,4 +1,4 @@
-"""`retrolm retriever`: look at trained page retrievers, and pack them smaller."""
+"""`retrolm retriever`: look at trained page retrievers, pack them smaller, share them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ PathArgument = Annotated[
     str, typer.Argument(metavar="PATH", help="Folder of a retriever, or the name of a shipped one.")
 ]
 
-command = typer.Typer(help="Look at trained page retrievers, and pack them smaller.")
+command = typer.Typer(help="Look at trained page retrievers, pack them smaller, share them.")
 
 
 @command.callback()
 def _group() -> None:
-    """Look at trained page retrievers, and pack them smaller."""
+    """Look at trained page retrievers, pack them smaller, share them."""
 
 
 @command.command("info")
@@ -72,6 +72,27 @@ def export(
         print_json({"folder": str(folder), "bits": bits, "bytes": after, "bytes_before": before})
         return
     print(f"{folder}: {size(after)} with {bits} bits per weight (before: {size(before)})")
+
+
+@command.command("push")
+def push(
+    path: PathArgument,
+    repository: Annotated[str, typer.Argument(metavar="NAMESPACE/NAME", help="Model repository on the hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private if it is new.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be uploaded.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Upload a retriever to the Hugging Face hub, with its card as the repository's page."""
+    from ..engine.push import push_retriever
+    from ..engine.shipped import resolve_retriever
+
+    plan = push_retriever(resolve_retriever(path), repository, private=private, dry_run=dry_run)
+    if as_json:
+        print_json({"repository": plan.repo_id, "files": plan.files, "uploaded": not dry_run})
+        return
+    for name, num_bytes in plan.files.items():
+        print(f"{name}: {size(num_bytes)}")
+    print(f"{'Would go' if dry_run else 'Uploaded'} to https://huggingface.co/{plan.repo_id}")
 
 
 def _show(values: dict[str, Any], indent: int = 0) -> None:
