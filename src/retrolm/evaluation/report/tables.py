@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..averages import by_bucket, mean
+from ..constant_guess import MATH_FIND, math_find_guess
 from .costs import cost_tables
 from .pairs import pair_tables
 from .recall_tables import recall_tables
@@ -44,9 +45,14 @@ def score_tables(results: Results, name: str, length: int | None) -> list[Table]
         ]
         if rows:
             head = ["", "KV budget", *(task.split("/")[1] for task in tasks), *(f"average {group}" for group in groups)]
-            note = BEYOND_NOTE if any(BEYOND in cell for row in rows for cell in row[2:]) else ""
+            note = _note(tasks, any(BEYOND in cell for row in rows for cell in row[2:]))
             tables.append(Table(f"{name}, {length_name(length)}: {block_title(prefill)}", head, rows, note))
     return tables
+
+
+def _note(tasks: Sequence[str], beyond: bool) -> str:
+    guess = f"math_find: the best constant guess per kind of question scores {100 * math_find_guess():.1f}."
+    return " ".join([*([BEYOND_NOTE] if beyond else []), *([guess] if MATH_FIND in tasks else [])])
 
 
 def _score_row(results: Results, column: Column, tasks: list[str], groups: list[str], length: int | None) -> list[str]:

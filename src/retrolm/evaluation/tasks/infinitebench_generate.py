@@ -17,6 +17,8 @@ RANKS = {"largest": 1, "second largest": 2, "third largest": 3, "smallest": -1, 
     "median": 0,
 }
 HIGHEST = 99
+UPPER_ENDS = range(int(0.8 * HIGHEST), HIGHEST + 1)
+LOWER_ENDS = range(int(0.2 * HIGHEST) + 1)
 
 
 class SyntheticGenerator(Generator):
@@ -60,8 +62,8 @@ def _bounds(kind: str, rng: random.Random) -> tuple[int, int]:
     """Range of the numbers: the end that is asked for is redrawn, so that constant guesses rarely hit."""
     upper = "largest" in kind or (kind == "median" and rng.random() < 0.5)
     if upper:
-        return 0, rng.randint(int(0.8 * HIGHEST), HIGHEST)
-    return rng.randint(0, int(0.2 * HIGHEST)), HIGHEST
+        return 0, rng.randint(UPPER_ENDS[0], UPPER_ENDS[-1])
+    return rng.randint(LOWER_ENDS[0], LOWER_ENDS[-1]), HIGHEST
 
 
 def ranked_number(numbers: list[int], rank: int) -> int | float:
