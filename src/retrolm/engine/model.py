@@ -202,7 +202,7 @@ class RetroLM:
         splits = [self.split_head(head) for head in heads or [None] * len(inputs)]
         started = time.perf_counter()
         pages = [self._cut(prefix, joined + ids) for (prefix, joined), (_, ids, _) in zip(splits, inputs, strict=True)]
-        store = self._new_store(sum(map(len, pages)))
+        store = self.new_store(sum(map(len, pages)))
         sinks = [len(page_lengths(len(prefix), self.config.page_size)) for prefix, _ in splits]
         texts = [self._paged(store, cut, num_prefix) for cut, num_prefix in zip(pages, sinks, strict=True)]
         encoder = self._encoder(store)
@@ -222,7 +222,7 @@ class RetroLM:
     def page_logits(self, input_ids: Tensor) -> Tensor:
         """`logits` of page methods: the text is read page by page."""
         cut = self._cut([], input_ids.tolist())
-        store = self._new_store(len(cut))
+        store = self.new_store(len(cut))
         results = self._encoder(store).read([self._paged(store, cut, 0)], logits=True)
         return torch.cat([result.logits for result in results if result.logits is not None])
 
@@ -295,7 +295,8 @@ class RetroLM:
         """
         self._disk_tier = (Path(folder), host_kv_bytes)
 
-    def _new_store(self, num_pages: int) -> PageStore:
+    def new_store(self, num_pages: int) -> PageStore:
+        """An empty page store with room for `num_pages` pages, where the settings say that pages live."""
         config, layout = self.config, self.page_layout()
         least = config.kv_budget // config.page_size + 3
         store: PageStore
@@ -488,7 +489,7 @@ class RetroLM:
             self._require_vocabulary(ids)
         checked = self._options(options, eos_ids(self.model.generation_config))
         cut = [self._cut([], ids) for ids in prompts]
-        store = self._new_store(sum(map(len, cut)))
+        store = self.new_store(sum(map(len, cut)))
         encoder = self._encoder(store)
         texts = [self._paged(store, pages[:-1], 0) for pages in cut]
         if any(text.pages for text in texts):

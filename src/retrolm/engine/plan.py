@@ -118,7 +118,7 @@ class _Trial:
         config, size = lm.config, lm.config.page_size
         steady = config.kv_budget + config.chunk_pages * size
         self.pages = lm._cut(prefix, [lm.pad_id] * min(num_own_tokens, steady))
-        self.store: PageStore = lm._new_store(len(self.pages))
+        self.store: PageStore = lm.new_store(len(self.pages))
         self.table: PageTable = lm._paged(self.store, self.pages, len(page_lengths(len(prefix), size))).table
         self.memory = PeakMemory([info.device for info in lm.backbone.layers])
         self._lm = lm

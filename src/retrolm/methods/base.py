@@ -154,6 +154,7 @@ class PageMethod(Method, ABC):
     positions = "compact: the gathered pages stand at 0, 1, 2, …, the current page behind them"
     exact_when = "kv_budget ≥ text and question"
     config_fields = None
+    digest_is_place: ClassVar[bool] = False  # whether `digest` looks at `ordinals` alone
 
     @abstractmethod
     def digest(self, pages: PageTensors) -> Tensor:
