@@ -18,7 +18,7 @@ from ..methods import METHODS, PageMethod
 from ..paging import PageTable, page_lengths
 from ..retriever import PageRetriever, load_retriever
 from ..store import DigestIndex, DiskStore, PageLayout, PageStore, ResidentStore, TieredStore
-from . import answer_dense, answer_pages, answer_prune  # noqa: F401  (each files its program)
+from . import answer_dense, answer_pages, answer_prune, answer_tokens  # noqa: F401  (each files its program)
 from .adapter import LoraAdapter, load_adapter
 from .answering import PROGRAMS, Prompt
 from .answers import build_answer, build_retrieval

@@ -1,0 +1,251 @@
+"""Reading and generating with a token method: in each layer, what the method selects of a cache that the engine keeps.
+
+Prompts are read side by side, a chunk at a time, each from its own start, so that a batch gives what its prompts give
+alone. Keys are kept before RoPE; the stock model sees position 0 everywhere. Shape letters as in `methods.token_base`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..methods.sliding_window import SlidingWindow
+from ..methods.token_base import ChunkView, Part, TokenCache, TokenMethod
+from ..ops.attention import attend, bias_from
+from ..ops.joint_attention import KeySet, attend_sets, attend_sets_reference
+from ..ops.rotary import rotate, unscaled
+from .backbone import Backbone
+from .token_cache import align_right, append, empty_cache, gather_rows, num_kept, take
+
+
+@dataclass(frozen=True)
+class Step:
+    """One chunk of every sample: true positions [B, Q] (-1 = padding), tokens before it and in it."""
+
+    true_BQ: Tensor
+    before: list[int]
+    num_new: list[int]
+    is_prefill: bool
+
+
+class TokenStream:
+    """The forward passes of one batch (a `Program` for `Attachment.run`).
+
+    Attributes:
+        prefill_LB: most keys that any prompt token attended in each layer, int64.
+        decode: for each generated step, keys attended in each layer, [L, B] on the CPU (call `decode_counts`).
+        max_position: highest RoPE position that can have been used.
+    """
+
+    def __init__(self, backbone: Backbone, method: TokenMethod, kv_budget: int, num_samples: int) -> None:
+        self._backbone = backbone
+        self._method = method
+        self._kv_budget = kv_budget
+        self._own = {i: _own_window(backbone, i) for i in range(backbone.num_layers) if not backbone.retrieves(i)}
+        self._caches: list[TokenCache | None] = [None] * backbone.num_layers
+        self._lengths = [0] * num_samples
+        self._step = Step(torch.empty(num_samples, 0), self._lengths, self._lengths, True)
+        self._placed: dict[torch.device, Tensor] = {}
+        self._prefill: list[Tensor | None] = [None] * backbone.num_layers
+        self._decode: list[list[Tensor]] = [[] for _ in range(backbone.num_layers)]
+
+    # --- steps ----------------------------------------------------------------------------------------------
+
+    def chunk_tokens(self) -> int:
+        """Prompt tokens read at a time."""
+        return self._method.chunk_tokens(self._kv_budget)
+
+    def begin(self, num_new: Sequence[int], is_prefill: bool) -> None:
+        """Say what the next forward pass brings: new tokens of each sample, at the left of their rows."""
+        before, new = list(self._lengths), list(num_new)
+        ends = torch.tensor(before)[:, None] + torch.arange(max(new))
+        true = ends.masked_fill(torch.arange(max(new)) >= torch.tensor(new)[:, None], -1)
+        self._step = Step(true, before, new, is_prefill)
+        self._placed = {}
+        self._lengths = [b + n for b, n in zip(before, new, strict=True)]
+
+    def end_prefill(self) -> None:
+        """Line up the samples' caches at their ends, where generated tokens follow."""
+        for cache in self._caches:
+            if cache is not None and len(set(self._lengths)) > 1:
+                align_right(cache)
+
+    def require_positions(self, num_tokens: int) -> None:
+        """Make room in the RoPE tables for a text of so many tokens; raises `UserError` past the model's limit."""
+        reach = self._kv_budget + self.chunk_tokens()
+        needed = num_tokens if self._method.true_positions else max(self._kv_budget, min(num_tokens, reach))
+        windows = [method.knobs.window + self.chunk_tokens() for method in self._own.values()]
+        self.max_position = max(needed, min(max(windows, default=0), num_tokens)) - 1
+        self._backbone.require_positions(max(needed, *windows, self._kv_budget) + 1 if windows else needed + 1)
+
+    # --- what it took ---------------------------------------------------------------------------------------
+
+    def prefill_counts(self) -> list[list[int]]:
+        """Most keys attended while reading, [layer][sample]."""
+        nothing = [0] * len(self._lengths)
+        return [nothing if found is None else found.tolist() for found in self._prefill]
+
+    def decode_counts(self) -> list[list[list[int]]]:
+        """Keys attended by each generated token, [layer][step][sample]."""
+        return [torch.stack(steps).tolist() if steps else [] for steps in self._decode]
+
+    def kept_bytes(self) -> list[int]:
+        """Bytes of keys and values kept for each sample."""
+        row_bytes = 2 * self._backbone.num_kv_heads * self._backbone.head_dim * self._backbone.dtype.itemsize
+        kept = [num_kept(cache) for cache in self._caches if cache is not None]
+        return [sum(layer) * row_bytes for layer in zip(*kept, strict=True)] if kept else [0] * len(self._lengths)
+
+    # --- one layer ------------------------------------------------------------------------------------------
+
+    def project(self, layer: int, name: str, rows: Tensor, out: Tensor) -> Tensor | None:
+        """There are no bookmarks."""
+        return None
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
+        rope, method = self._backbone.rope(layer), self._own.get(layer, self._method)
+        q, k = (unscaled(x, rope.scaling, rope.rotary_dims) for x in (q, k))
+        true_BQ, step = self._true(q.device), self._step
+        cache = self._caches[layer] or empty_cache(k, v)
+        self._caches[layer] = cache
+        if cache.num_places:
+            places = method.keep(cache, step.before, step.num_new, self._kv_budget)
+            if places is not None:
+                take(cache, places)
+        append(cache, k, v, true_BQ)
+        view = ChunkView(layer, self._kv_budget, cache, q, true_BQ, step.before, step.num_new, step.is_prefill, rope.at)
+        parts = method.select(view)
+        if parts is None:
+            return self._attend_all(view, scale, softcap)
+        return self._attend_parts(view, method, parts, scale, softcap)
+
+    def _true(self, device: torch.device) -> Tensor:
+        if device not in self._placed:
+            self._placed[device] = self._step.true_BQ.to(device)
+        return self._placed[device]
+
+    def _window(self, layer: int) -> int | None:
+        """The model's own window in layers that choose; the others keep it as their method."""
+        return None if layer in self._own else self._backbone.layers[layer].window
+
+    def _attend_all(self, view: ChunkView, scale: float, softcap: float | None) -> Tensor:
+        """All tokens so far, at true positions."""
+        window = self._window(view.layer)
+        counts_BQ = view.true_BQ + 1
+        self._account(view, counts_BQ if window is None else counts_BQ.clamp(max=window))
+        cache, true_BT = view.cache, view.cache.true_BJT[:, 0]
+        q = _placed(view.q_BHQD, view.true_BQ.clamp(min=0)[:, None], view)
+        k = _placed(cache.keys_BKTD, true_BT.clamp(min=0)[:, None], view)
+        rows = [x.transpose(1, 2) for x in (q, k, cache.values_BKTD)]
+        if view.is_prefill and window is None:  # places are positions, and padding stands behind all
+            return attend(rows[0], rows[1], rows[2], None, scale, softcap, causal=True)
+        apart = view.true_BQ[:, :, None] - true_BT[:, None]
+        allowed = (apart >= 0) & (true_BT >= 0)[:, None]
+        if window is not None:
+            allowed &= apart < window
+        allowed |= ~allowed.any(-1, keepdim=True)
+        return attend(rows[0], rows[1], rows[2], bias_from(allowed, q.dtype), scale, softcap)
+
+    def _attend_parts(
+        self, view: ChunkView, method: TokenMethod, parts: list[Part], scale: float, softcap: float | None
+    ) -> Tensor:
+        parts = [self._within_window(view.layer, part) for part in parts]
+        counts_BJQ = sum((part.allowed_BJQS.sum(-1) for part in parts[1:]), parts[0].allowed_BJQS.sum(-1))
+        self._account(view, counts_BJQ.amax(1))
+        sets = [_key_set(view, part) for part in parts]
+        if not method.needs_weights:
+            return attend_sets(sets, scale, softcap).transpose(1, 2)
+        out, weights = attend_sets_reference(sets, scale, softcap)
+        real = (view.true_BQ >= 0)[:, None, :, None]
+        method.observe(view, parts, [part.masked_fill(~real, 0.0) for part in weights])
+        return out.transpose(1, 2)
+
+    def _within_window(self, layer: int, part: Part) -> Part:
+        """Where all layers of a model slide, no token looks further than the window, as tokens are placed."""
+        window = self._window(layer)
+        if window is None:
+            return part
+        apart = part.q_positions_BQ[:, None, :, None] - part.k_positions_BJS[:, :, None]
+        allowed = part.allowed_BJQS & (apart < window)
+        return Part(part.places_BJS, allowed, part.q_positions_BQ, part.k_positions_BJS)
+
+    def _account(self, view: ChunkView, counts_BQ: Tensor) -> None:
+        """Note what this chunk attends, padding aside; what is counted is what attention is given."""
+        most_B = counts_BQ.masked_fill(view.true_BQ < 0, 0).amax(1)
+        if not view.is_prefill:
+            self._decode[view.layer].append(most_B)
+            return
+        so_far = self._prefill[view.layer]
+        self._prefill[view.layer] = most_B if so_far is None else torch.maximum(so_far, most_B)
+
+
+def _own_window(backbone: Backbone, layer: int) -> SlidingWindow:
+    return SlidingWindow(SlidingWindow.Knobs(backbone.layers[layer].window or 1))
+
+
+def _placed(x_BHTD: Tensor, positions_BJT: Tensor, view: ChunkView) -> Tensor:
+    """Rows rotated to positions."""
+    cos, sin = view.rope(positions_BJT)
+    return rotate(x_BHTD, cos, sin)
+
+
+def _key_set(view: ChunkView, part: Part) -> KeySet:
+    cache = view.cache
+    keys, values = cache.keys_BKTD, cache.values_BKTD
+    if part.places_BJS is not None:
+        keys, values = gather_rows(keys, part.places_BJS), gather_rows(values, part.places_BJS)
+    q = _placed(view.q_BHQD, part.q_positions_BQ[:, None], view)
+    return KeySet(q, _placed(keys, part.k_positions_BJS, view), values, part.allowed_BJQS)
+
+
+# --- passes -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def read_prompts(
+    backbone: Backbone, stream: TokenStream, prompts: Sequence[Sequence[int]], pad_id: int, logits: bool = False
+) -> list[Tensor]:
+    """Read prompts side by side, chunk by chunk, inside `Attachment.run`; call `end_prefill` behind the last.
+
+    Returns:
+        With `logits`, the next-token logits of each chunk, [B, Q, vocabulary]; else nothing.
+    """
+    size, found = stream.chunk_tokens(), []
+    for start in range(0, max(map(len, prompts), default=0), size):
+        rows = [ids[start : start + size] for ids in prompts]
+        tokens = torch.full((len(rows), max(map(len, rows))), pad_id)
+        for row, ids in zip(tokens, rows, strict=True):
+            row[: len(ids)] = torch.tensor(ids)
+        stream.begin([len(ids) for ids in rows], is_prefill=True)
+        inputs = backbone.embed(tokens)
+        arguments: dict[str, Any] = {
+            "inputs_embeds": inputs,
+            "position_ids": torch.zeros(tokens.shape, dtype=torch.int64, device=inputs.device),
+            "use_cache": False,
+        }
+        if logits:
+            found.append(backbone.model(**arguments).logits)
+        else:
+            backbone.decoder(**arguments)
+    return found
+
+
+@contextmanager
+def generating(backbone: Backbone, stream: TokenStream, num_samples: int) -> Iterator[None]:
+    """While `generate` runs: every pass begins a step of one token per sample, at position 0 for the stock model."""
+
+    def before_pass(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+        stream.begin([1] * num_samples, is_prefill=False)
+        zeros = torch.zeros(inputs.shape[:2], dtype=torch.int64, device=inputs.device)
+        return args, {**kwargs, "position_ids": zeros}
+
+    handle = backbone.decoder.register_forward_pre_hook(before_pass, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

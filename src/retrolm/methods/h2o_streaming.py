@@ -1,0 +1,74 @@
+"""H2O while reading: heavy hitters by accumulated attention and the most recent tokens, for each KV head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import METHODS
+from .knobs import positive
+from .token_base import ChunkView, Part, TokenCache, TokenMethod, distance, places_of
+
+
+@METHODS.register("h2o_streaming")
+class H2OStreaming(TokenMethod):
+    """The cache is cut before each chunk, so that with it no more than the budget is attended.
+
+    A token's score is the attention weight it got from all queries so far (float32 sums, mean over the query heads of
+    its KV head); what was evicted never returns. With `chunk=1` this is the published rule, token by token.
+    """
+
+    name = "h2o_streaming"
+    paper = "https://arxiv.org/abs/2306.14048"
+    summary = "tokens with most accumulated attention and the most recent ones, evicted while reading"
+    budget_split = "half heavy hitters + half recent tokens, the current chunk among them"
+    keeps = "heavy hitters and recent tokens of each KV head, on the device"
+    positions = "inside the cache: 0, 1, 2, …"
+    exact_when = "kv_budget ≥ prompt and answer"
+    needs_weights = True
+
+    @dataclass(frozen=True)
+    class Knobs:
+        """num_heavy: tokens kept by score; None = half of the budget. chunk: prompt tokens read at a time."""
+
+        num_heavy: int | None = None
+        chunk: int = 256
+
+    def check_knobs(self) -> None:
+        positive(self.name, self.knobs, "num_heavy", "chunk")
+
+    def check_budget(self, kv_budget: int) -> None:
+        self._refuse_budget(kv_budget, self._num_heavy(kv_budget) + 1, "heavy hitters and the current token")
+
+    def chunk_tokens(self, kv_budget: int) -> int:
+        return min(self.knobs.chunk, kv_budget - self._num_heavy(kv_budget))
+
+    def select(self, view: ChunkView) -> list[Part]:
+        true_BKT = view.cache.true_BJT
+        apart = distance(view.true_BQ, true_BKT)
+        placed = (true_BKT >= 0).cumsum(-1).sub(1).clamp(min=0)
+        return [Part(None, apart >= 0, placed[:, 0, -view.num_queries :], placed)]
+
+    def observe(self, view: ChunkView, parts: list[Part], weights: list[Tensor]) -> None:
+        num_kv_heads = view.cache.keys_BKTD.shape[1]
+        mass_BHT = weights[0].sum(2)
+        view.cache.add_marks(mass_BHT.unflatten(1, (num_kv_heads, -1)).mean(2))
+
+    def keep(self, cache: TokenCache, before: list[int], num_new: list[int], kv_budget: int) -> Tensor | None:
+        if cache.marks_BMT is None or cache.num_places + max(num_new) <= kv_budget:
+            return None
+        new_B11 = cache.true_BJT.new_tensor(num_new)[:, None, None]
+        num_recent = (kv_budget - self._num_heavy(kv_budget) - new_B11).clamp(min=0)
+        num_kept = torch.where(new_B11 > 0, kv_budget - new_B11, kv_budget)
+        ends = cache.true_BJT.new_tensor(before)[:, None, None]
+        true_BKT = cache.true_BJT.expand(-1, cache.marks_BMT.shape[1], -1)
+        rank = cache.marks_BMT.masked_fill(true_BKT >= ends - num_recent, torch.inf)
+        rank = rank.masked_fill(true_BKT < 0, -torch.inf)
+        # Of equal scores the later token stays: sort the reversed row.
+        order = rank.flip(-1).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1).flip(-1)
+        return places_of((order < num_kept) & (true_BKT >= 0), kv_budget)
+
+    def _num_heavy(self, kv_budget: int) -> int:
+        return kv_budget // 2 if self.knobs.num_heavy is None else self.knobs.num_heavy

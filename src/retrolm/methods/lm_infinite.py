@@ -1,0 +1,46 @@
+"""LM-Infinite: a Λ-shaped mask, and a limit on how far away the first tokens look."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .base import METHODS
+from .knobs import positive
+from .sliding_window import recent_places
+from .streaming_llm import first_tokens_part
+from .token_base import ChunkView, Part, TokenCache, TokenMethod, local_part
+
+
+@METHODS.register("lm_infinite")
+class LMInfinite(TokenMethod):
+    """Tokens of the local window at true distances; the first tokens, once outside it, all at the window's size."""
+
+    name = "lm_infinite"
+    paper = "https://arxiv.org/abs/2308.16137"
+    summary = "first tokens at a limited distance and the most recent ones (Λ mask)"
+    budget_split = "10 first tokens + the rest local tokens"
+    keeps = "first and local tokens, on the device"
+    positions = "true distances in the window; first tokens behind it at the window's size"
+    exact_when = "kv_budget - num_global ≥ prompt and answer"
+
+    @dataclass(frozen=True)
+    class Knobs:
+        """num_global: first tokens that always stay."""
+
+        num_global: int = 10
+
+    def check_knobs(self) -> None:
+        positive(self.name, self.knobs, "num_global")
+
+    def check_budget(self, kv_budget: int) -> None:
+        self._refuse_budget(kv_budget, self.knobs.num_global + 1, "the first tokens and the current one")
+
+    def select(self, view: ChunkView) -> list[Part]:
+        window = view.kv_budget - self.knobs.num_global
+        at_limit = view.true_BQ.clamp(0, 0) + window
+        return [local_part(view, window), first_tokens_part(view, self.knobs.num_global, window, at_limit, True)]
+
+    def keep(self, cache: TokenCache, before: list[int], num_new: list[int], kv_budget: int) -> Tensor:
+        return recent_places(cache, before, kv_budget - self.knobs.num_global - 1, self.knobs.num_global)

@@ -1,0 +1,41 @@
+"""The sliding window of a model's own layers: what layers that don't choose attend. Not a method to pick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .token_base import ChunkView, Part, TokenCache, TokenMethod, local_part, places_of
+
+
+class SlidingWindow(TokenMethod):
+    """The most recent tokens, whatever the budget."""
+
+    name = "sliding window"
+    paper = "https://arxiv.org/abs/2310.06825"
+    summary = "a model's own sliding layers"
+    budget_split = "none"
+    keeps = "the window's tokens"
+    positions = "true"
+    exact_when = "always"
+
+    @dataclass(frozen=True)
+    class Knobs:
+        """window: tokens, the current one included."""
+
+        window: int = 1
+
+    def select(self, view: ChunkView) -> list[Part]:
+        return [local_part(view, self.knobs.window)]
+
+    def keep(self, cache: TokenCache, before: list[int], num_new: list[int], kv_budget: int) -> Tensor:
+        return recent_places(cache, before, self.knobs.window - 1, num_first=0)
+
+
+def recent_places(cache: TokenCache, before: list[int], num_recent: int, num_first: int) -> Tensor:
+    """Places of the first and the most recent tokens of each sample."""
+    ends = cache.true_BJT.new_tensor(before)[:, None, None]
+    there = cache.true_BJT >= 0
+    kept = there & ((cache.true_BJT < num_first) | (cache.true_BJT >= ends - num_recent))
+    return places_of(kept, num_first + num_recent)

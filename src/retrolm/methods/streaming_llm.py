@@ -1,0 +1,61 @@
+"""StreamingLLM: attention sinks and a rolling window, at positions inside the cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .base import METHODS
+from .knobs import positive
+from .sliding_window import recent_places
+from .token_base import ChunkView, Part, TokenCache, TokenMethod, distance, local_part, places_of, true_at
+
+
+@METHODS.register("streaming_llm")
+class StreamingLLM(TokenMethod):
+    """Token t sees the sinks and the tokens after t - (budget - sinks), as if they stood side by side.
+
+    The result is that of feeding one token at a time, whatever the chunk size.
+    """
+
+    name = "streaming_llm"
+    paper = "https://arxiv.org/abs/2309.17453"
+    summary = "first tokens (sinks) and the most recent ones, while reading and answering"
+    budget_split = "4 sinks + the rest recent tokens"
+    keeps = "sinks and recent tokens, on the device"
+    positions = "inside the cache: 0, 1, 2, …"
+    exact_when = "kv_budget ≥ prompt and answer"
+
+    @dataclass(frozen=True)
+    class Knobs:
+        """num_sink: first tokens that always stay."""
+
+        num_sink: int = 4
+
+    def check_knobs(self) -> None:
+        positive(self.name, self.knobs, "num_sink")
+
+    def check_budget(self, kv_budget: int) -> None:
+        self._refuse_budget(kv_budget, self.knobs.num_sink + 1, "sinks and the current token")
+
+    def select(self, view: ChunkView) -> list[Part]:
+        window, last = view.kv_budget - self.knobs.num_sink, view.kv_budget - 1
+        far = first_tokens_part(view, self.knobs.num_sink, window, view.true_BQ.clamp(0, last), at_zero=False)
+        return [local_part(view, window), far]
+
+    def keep(self, cache: TokenCache, before: list[int], num_new: list[int], kv_budget: int) -> Tensor:
+        return recent_places(cache, before, kv_budget - self.knobs.num_sink - 1, self.knobs.num_sink)
+
+
+def first_tokens_part(view: ChunkView, num_first: int, window: int, q_positions_BQ: Tensor, at_zero: bool) -> Part:
+    """The first tokens, for queries whose local window has left them behind.
+
+    Args:
+        q_positions_BQ: where the queries stand for them. at_zero: whether the keys all stand at 0, or at 0, 1, 2, ….
+    """
+    true_BJT = view.cache.true_BJT
+    places = places_of((true_BJT >= 0) & (true_BJT < num_first), num_first)
+    true_BJS = true_at(view.cache, places)
+    k_positions = true_BJS.clamp(0, 0) if at_zero else true_BJS.clamp(min=0)
+    return Part(places, distance(view.true_BQ, true_BJS) >= window, q_positions_BQ, k_positions)

@@ -1,0 +1,182 @@
+"""The contract of methods that choose token by token what each chunk attends, while reading and while answering.
+
+A prompt is read in chunks of `chunk_tokens`; a generated token is a chunk of one. In every layer the engine calls, in
+this order: `keep` (what of the cache stays, to make room), `select` (what the chunk attends, and where it stands), and
+`observe` (the attention weights, for methods that ask for them). Keys are kept before RoPE with their true positions and
+rotated at use to the positions that `select` gives.
+
+Shape letters: B samples, H query heads, K KV heads, Q queries of the chunk, T cache places, S attended places, D head
+dim; J is 1 where all heads share a choice, else K; M rows of marks.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .base import Method
+
+Rope = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass
+class TokenCache:
+    """What one layer keeps. Places are in reading order; without evictions a sample's tokens stand side by side.
+
+    Attributes:
+        keys_BKTD: before RoPE. values_BKTD.
+        true_BJT: true positions, int64; -1 = nothing there.
+        marks_BMT: a number per token that a method keeps of its own, float32; None until it sets them.
+        state: whatever else a method keeps for this layer and batch.
+    """
+
+    keys_BKTD: Tensor
+    values_BKTD: Tensor
+    true_BJT: Tensor
+    marks_BMT: Tensor | None = None
+    state: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_places(self) -> int:
+        return self.keys_BKTD.shape[2]
+
+    def add_marks(self, marks_BMT: Tensor) -> None:
+        """Add to the marks of the last tokens, as many as there are columns; marks begin at zero."""
+        num_rows, num_new = marks_BMT.shape[1:]
+        if self.marks_BMT is None:
+            self.marks_BMT = marks_BMT.new_zeros(len(marks_BMT), num_rows, 0)
+        missing = self.num_places - self.marks_BMT.shape[2]
+        self.marks_BMT = torch.nn.functional.pad(self.marks_BMT, (0, missing))
+        self.marks_BMT[:, :, self.num_places - num_new :] += marks_BMT
+
+
+@dataclass(frozen=True)
+class ChunkView:
+    """A chunk of new tokens in one layer. The cache ends with the chunk's own Q places.
+
+    Attributes:
+        q_BHQD: queries before RoPE. true_BQ: true positions, int64; -1 = padding, at the right of a prompt's end.
+        before, num_new: tokens before the chunk and in it, for each sample; 0 in it once a prompt has ended.
+        is_prefill: whether a prompt is read (its last token already belongs to the answer).
+        rope: true or compact positions int64 [...] → cos, sin [..., R] of this layer.
+    """
+
+    layer: int
+    kv_budget: int
+    cache: TokenCache
+    q_BHQD: Tensor
+    true_BQ: Tensor
+    before: list[int]
+    num_new: list[int]
+    is_prefill: bool
+    rope: Rope
+
+    @property
+    def num_queries(self) -> int:
+        return self.q_BHQD.shape[2]
+
+    @property
+    def before_B(self) -> Tensor:
+        """Tokens before the chunk, int64 [B] on the layer's device."""
+        return torch.tensor(self.before, device=self.q_BHQD.device)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Places that are attended, all under one softmax with the other parts.
+
+    Attributes:
+        places_BJS: cache places, int64, -1 = none; None = the whole cache in order.
+        allowed_BJQS: which query may attend which place. A token may be allowed to a query in one part only.
+        q_positions_BQ, k_positions_BJS: RoPE positions, int64; where nothing is allowed, any.
+    """
+
+    places_BJS: Tensor | None
+    allowed_BJQS: Tensor
+    q_positions_BQ: Tensor
+    k_positions_BJS: Tensor
+
+
+class TokenMethod(Method, ABC):
+    """Base of methods of kind "tokens". The engine counts what is allowed, and refuses more than the budget.
+
+    Attributes:
+        needs_weights: whether `observe` is wanted; attention is then written out, a chunk at a time.
+    """
+
+    kind = "tokens"
+    prefill = "streaming"
+    needs_weights: ClassVar[bool] = False
+
+    def chunk_tokens(self, kv_budget: int) -> int:
+        """Prompt tokens read at a time."""
+        return 512
+
+    def dense_layers(self, num_layers: int) -> frozenset[int]:
+        """Layers that are left dense on purpose; they are reported apart and not held to the budget."""
+        return frozenset()
+
+    @abstractmethod
+    def select(self, view: ChunkView) -> list[Part] | None:
+        """What the chunk attends; None = all tokens so far, at true positions."""
+
+    def observe(self, view: ChunkView, parts: list[Part], weights: list[Tensor]) -> None:
+        """See the attention weights of each part, float32 [B, H, Q, S]; rows of padding are zero."""
+
+    def keep(self, cache: TokenCache, before: list[int], num_new: list[int], kv_budget: int) -> Tensor | None:
+        """Places of the cache that stay, int64 [B, J, n], ascending, -1 = none at the left; None = all stay.
+
+        Called before a chunk enters; J must be that of the positions kept. Samples with `num_new` 0 must not lose
+        anything that they would keep alone.
+        """
+        return None
+
+    def _refuse_budget(self, kv_budget: int, needed: int, what: str) -> None:
+        if kv_budget < needed:
+            raise UserError(
+                f"kv_budget={kv_budget} is too small for {self.name}: {what} takes at least {needed} tokens. "
+                f"Raise the budget or lower {self.name}'s knobs (`retrolm methods --json`)."
+            )
+
+
+def places_of(mask_BJT: Tensor, width: int) -> Tensor:
+    """Places where a mask holds, int64 [B, J, ≤ width], ascending, -1 at the left; the last ones if there are more."""
+    width = min(width, mask_BJT.shape[-1])
+    order = mask_BJT.to(torch.int8).argsort(dim=-1, stable=True)[..., mask_BJT.shape[-1] - width :]
+    return order.masked_fill(~mask_BJT.gather(-1, order), -1)
+
+
+def true_at(cache: TokenCache, places_BJS: Tensor) -> Tensor:
+    """True positions of places, int64 [B, J, S]; -1 where there is none."""
+    J = max(places_BJS.shape[1], cache.true_BJT.shape[1])
+    places = places_BJS.expand(-1, J, -1)
+    found = cache.true_BJT.expand(-1, J, -1).gather(2, places.clamp(min=0))
+    return found.masked_fill(places < 0, -1)
+
+
+def distance(true_BQ: Tensor, true_BJS: Tensor) -> Tensor:
+    """True distance of each query to each place, int64 [B, J, Q, S]; a large negative number where nothing is."""
+    found = true_BQ[:, None, :, None] - true_BJS[:, :, None]
+    return found.masked_fill((true_BJS < 0)[:, :, None], torch.iinfo(torch.int64).min // 2)
+
+
+def local_part(view: ChunkView, window: int, places_BJS: Tensor | None = None) -> Part:
+    """The `window` most recent tokens of each query, itself included, at their true distances.
+
+    Positions are counted from the start of the window, so that they stay small however long the text is.
+    """
+    true_BJS = view.cache.true_BJT if places_BJS is None else true_at(view.cache, places_BJS)
+    apart = distance(view.true_BQ, true_BJS)
+    start_B = (view.before_B - window + 1).clamp(min=0)
+    return Part(
+        places_BJS,
+        (apart >= 0) & (apart < window),
+        (view.true_BQ - start_B[:, None]).clamp(min=0),
+        (true_BJS - start_B[:, None, None]).clamp(min=0),
+    )
