@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from retrolm.errors import UserError
 from retrolm.retriever import WEIGHTS_FILE
-from retrolm.training.stage1 import trainer
-from retrolm.training.stage1.checkpoint import load_state
+from retrolm.training.checkpoint import load_state
+from retrolm.training.processes import own_share
 from stage1_pool_maker import tiny_pool
 from stage1_run_maker import tiny_trainer
 from test_stage1_resume import ENVIRONMENT, WORKER, without_times
@@ -49,6 +49,6 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 
 
 def test_accumulation_has_to_be_shared_evenly() -> None:
-    assert trainer._own_batches(6, 3) == 2
+    assert own_share(6, 3) == 2
     with pytest.raises(UserError, match=r"accumulate=3 .* 2 processes.*--set accumulate=2"):
-        trainer._own_batches(3, 2)
+        own_share(3, 2)

@@ -16,10 +16,10 @@ import torch
 
 from retrolm.errors import UserError
 from retrolm.retriever import WEIGHTS_FILE
+from retrolm.training import checkpoint
+from retrolm.training.checkpoint import CHECKPOINT_FILE, load_state
 from retrolm.training.data import prepare_pool
-from retrolm.training.stage1 import checkpoint
-from retrolm.training.stage1.checkpoint import CHECKPOINT_FILE, load_state
-from retrolm.training.stage1.run_log import LOG_FILE
+from retrolm.training.run_log import LOG_FILE
 from retrolm.training.stage1.trainer import Stage1Trainer
 from stage1_pool_maker import tiny_pool, write_corpus
 from stage1_run_maker import tiny_backbone, tiny_recipe, tiny_trainer

@@ -16,8 +16,9 @@ from retrolm.engine.model import RetroLM
 from retrolm.engine.page_attention import PageAttention
 from retrolm.engine.page_batch import page_batch
 from retrolm.errors import UserError
+from retrolm.training.schedule import learning_rate
 from retrolm.training.stage1.step import Stage1Step
-from retrolm.training.stage1.trainer import Stage1Trainer, first_retriever, learning_rate
+from retrolm.training.stage1.trainer import Stage1Trainer, first_retriever
 from stage1_pool_maker import tiny_pool
 from stage1_run_maker import W, tiny_backbone, tiny_batch, tiny_recipe, tiny_trainer
 from test_against_naive import random_retriever

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 from ...config import check_choices
-from ...errors import UserError, unknown
+from ...errors import UserError
 from ..data.config import Stage1DataConfig, stage1_data_config
+from ..recipe import build_table, check_types, read_tables
 
 # Options that no trained number depends on; a resumed run may change them. Which backbone and which data a run
 # is bound to is told by fingerprints, so the backbone may move to another folder.
@@ -74,7 +74,7 @@ class Stage1TrainConfig:
     num_workers: int = 2
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         check_choices(self)
         for name in ("page_size", "num_steps", "tokens_per_batch", "accumulate", "log_every", "dev_samples"):
             if getattr(self, name) < 1:
@@ -117,35 +117,8 @@ def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Stage
     Raises:
         UserError: unreadable file, missing table, unknown or unusable key.
     """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"Can't read the recipe {path}: {error}.") from None
-    for table in ("data", "train"):
-        if not isinstance(content.get(table), dict):
-            raise UserError(f"The recipe {path} has no [{table}] table.")
+    content = read_tables(path, "data", "train")
     values = {**content["train"], **(overrides or {})}
-    allowed = [field.name for field in dataclasses.fields(Stage1TrainConfig)]
-    for key in values:
-        if key not in allowed:
-            raise unknown("training option", key, allowed)
     if "model" not in values:
         raise UserError(f"The [train] table of {path} names no model.")
-    return Stage1Recipe(Stage1TrainConfig(**values), stage1_data_config(content["data"]))
-
-
-_KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
-    bool: ((bool,), "true or false"),
-    int: ((int,), "a whole number"),
-    float: ((int, float), "a number"),
-    str: ((str,), "a text"),
-}
-
-
-def _check_types(config: Stage1TrainConfig) -> None:
-    """Refuse values of a wrong type, such as a quoted number; raises `UserError`."""
-    for name, hint in get_type_hints(type(config)).items():
-        kinds, wanted = _KINDS.get(hint, ((str,), "a text"))
-        value = getattr(config, name)
-        if not isinstance(value, kinds) or (isinstance(value, bool) and hint is not bool):
-            raise UserError(f"{name} must be {wanted}, got {value!r}.")
+    return Stage1Recipe(build_table(Stage1TrainConfig, values, "training option"), stage1_data_config(content["data"]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -25,18 +23,20 @@ from ..data.config import Stage1DataConfig
 from ..data.dataset import Stage1Dataset
 from ..data.mixture import text_length
 from ..data.pool import read_manifest
+from ..loop import TrainingLoop, rounded
+from ..processes import new_accelerator, own_share
+from ..run_log import Log
+from ..schedule import learning_rate
 from .backbone import check_window
 from .batches import Collate, Stage1Batch, micro_batches
-from .checkpoint import TrainState, check_identity, load_state, refuse_overwriting, save_state
 from .config import Stage1Recipe, Stage1TrainConfig
-from .run_log import Log, RunLog, require_trackers
 from .step import Stage1Step, StepResult
 
 RETRIEVER_FOLDER = "retriever"
 _ENDLESS = 1 << 40
 
 
-class Stage1Trainer:
+class Stage1Trainer(TrainingLoop[Stage1Batch]):
     """Trains one page retriever.
 
     Args:
@@ -60,19 +60,15 @@ class Stage1Trainer:
         log: Log | None = None,
         trackers: Sequence[Any] = (),
     ) -> None:
-        self.recipe, self.lm, self.pool, self.out = recipe, lm, pool, out
-        self.accelerator = _accelerator(trackers, out)
+        self.recipe, self.lm, self.pool = recipe, lm, pool
+        accelerator = new_accelerator(trackers, out, find_unused=True)  # the last layer's value delta feeds no score
+        super().__init__("retrolm-stage1", accelerator, recipe.train, out, lm.device, log)
         check_window(recipe, lm)
-        self._own_batches = _own_batches(recipe.train.accumulate, self.accelerator.num_processes)
-        self._log = RunLog(self.accelerator, out)
-        self.on_row = log
+        self._own_batches = own_share(recipe.train.accumulate, self.accelerator.num_processes)
         lm.model.requires_grad_(False).eval()
-        self.step_module = Stage1Step(lm, self._first_retriever(), recipe.train).to(lm.device)
+        self.step_module = self.trained = Stage1Step(lm, self._first_retriever(), recipe.train).to(lm.device)
         optimizer = torch.optim.AdamW(self._groups(), lr=recipe.train.lr, betas=(0.9, recipe.train.beta2))
         self.wrapped, self.optimizer = self.accelerator.prepare(self.step_module, optimizer)
-        self.step = 0
-        self.tokens = 0
-        self.seconds = 0.0
 
     @property
     def retriever_folder(self) -> Path:
@@ -81,61 +77,6 @@ class Stage1Trainer:
     @property
     def retriever(self) -> PageRetriever:
         return self.step_module.retriever
-
-    def run(self, resume: bool = False, stop_after_s: float | None = None) -> bool:
-        """Train to the last step, or for about `stop_after_s` seconds.
-
-        Args:
-            resume: go on from the checkpoint in `out`, if there is one; the outcome is that of an uninterrupted run.
-
-        Returns:
-            Whether the run is complete (the retriever is then saved in `out/retriever`).
-
-        Raises:
-            UserError: `out` holds a checkpoint and `resume` is off, or the checkpoint is of another run; or the loss
-            is no number.
-        """
-        self._begin(resume)
-        started = time.perf_counter()
-        train = self.recipe.train
-        batches = self._batches() if self.step < train.num_steps else iter(())
-        out_of_time = False
-        while self.step < train.num_steps and not out_of_time:
-            self._one_step(batches)
-            last = self.step == train.num_steps
-            if train.dev_every and (last or self.step % train.dev_every == 0):
-                self._record_dev_recall()
-            out_of_time = stop_after_s is not None and self._any(time.perf_counter() - started > stop_after_s)
-            if last or out_of_time or (train.save_every and self.step % train.save_every == 0):
-                self.save()
-        self._log.end()
-        self.accelerator.wait_for_everyone()
-        return self.step == train.num_steps
-
-    def close(self) -> None:
-        """Leave the group of processes, if there is one; nothing can be trained afterwards."""
-        # The wrapper goes first: were it the last to hold a gloo group, torch would tear the group down with the
-        # interpreter's lock held, while the group's own thread may be waiting for that lock.
-        del self.wrapped
-        self.accelerator.free_memory()
-        self.accelerator.state.destroy_process_group()
-
-    def save(self) -> None:
-        """Write the retriever as it stands, then the checkpoint."""
-        if not self.accelerator.is_main_process:
-            return
-        self.retriever.card.details.update(step=self.step, tokens=self.tokens, train_s=round(self.seconds, 1))
-        # The checkpoint comes last: a run killed in between does its last steps again and saves the retriever again.
-        self.retriever.save(self.retriever_folder)
-        state = TrainState(
-            self.step,
-            self.step_module.state_dict(),
-            self.optimizer.state_dict(),
-            self._identity(),
-            self.tokens,
-            self.seconds,
-        )
-        save_state(self.out, state)
 
     @torch.no_grad()
     def dev_recall(self) -> dict[str, float | None]:
@@ -149,7 +90,14 @@ class Stage1Trainer:
             result = self.step_module(collate([data[i] for i in indices]).to(self.lm.device))
             hits += _hits_and_counts(result)
         recall = self._recall(hits)
-        return {"mean": _rounded(recall.mean()), "best": _rounded(recall.max())}
+        return {"mean": rounded(recall.mean()), "best": rounded(recall.max())}
+
+    def _save_artefact(self) -> None:
+        self.retriever.card.details.update(step=self.step, tokens=self.tokens, train_s=round(self.seconds, 1))
+        self.retriever.save(self.retriever_folder)
+
+    def _recipe(self) -> dict[str, Any]:
+        return self.recipe.as_dict()
 
     # --- one step -----------------------------------------------------------------------------------------------
 
@@ -191,30 +139,22 @@ class Stage1Trainer:
     def _record_step(self, results: list[StepResult], norm: Tensor | None, rate: float) -> None:
         loss = self.accelerator.reduce(torch.stack([result.loss for result in results]).mean(), "mean")
         hits = torch.stack([_hits_and_counts(result) for result in results]).sum(0)
-        recall, device = self._recall(hits), self.lm.device
+        recall = self._recall(hits)
         self._record(
             {
                 "step": self.step,
-                "loss": _rounded(loss),
-                "recall8": _rounded(recall.mean()),
-                "recall8_best": _rounded(recall.max()),
-                "grad_norm": None if norm is None else _rounded(norm),
+                "loss": rounded(loss),
+                "recall8": rounded(recall.mean()),
+                "recall8_best": rounded(recall.max()),
                 "lr": rate * self.recipe.train.lr,
-                "tokens": self.tokens,
-                "tokens_per_s": round(self.tokens / max(self.seconds, 1e-9)),
-                "peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+                **self._figures(norm),
             }
         )
 
-    def _record_dev_recall(self) -> None:
+    def _dev_round(self) -> None:
         found = self.dev_recall()
         self.retriever.card.details["dev_recall"] = {"step": self.step, **found}
         self._record({"step": self.step, "dev_recall": found})
-
-    def _record(self, row: dict[str, Any]) -> None:
-        self._log.record(row)
-        if self.on_row is not None and self.accelerator.is_main_process:
-            self.on_row(row)
 
     # --- processes ----------------------------------------------------------------------------------------------
 
@@ -222,12 +162,6 @@ class Stage1Trainer:
         """Recall by layer from hits and counts, over all processes."""
         hits_L2 = self.accelerator.reduce(hits_L2, "sum")
         return (hits_L2[:, 0] / hits_L2[:, 1]).cpu()
-
-    def _sum(self, own: int) -> int:
-        return int(self.accelerator.reduce(torch.tensor(own, device=self.lm.device), "sum"))
-
-    def _any(self, own: bool) -> bool:
-        return self._sum(int(own)) > 0
 
     def _own(self, everything: Iterator[list[int]], first: int = 0) -> Iterator[list[int]]:
         """This process's batches of sample indices from number `first` on; batch b belongs to process b mod n."""
@@ -280,16 +214,6 @@ class Stage1Trainer:
             "backbone": self.lm.backbone.fingerprint(),
         }
 
-    def _begin(self, resume: bool) -> None:
-        if not resume:
-            refuse_overwriting(self.out)
-        elif (state := load_state(self.out)) is not None:
-            check_identity(self.out, state, self._identity())
-            self.step_module.load_state_dict(state.model)
-            self.optimizer.load_state_dict(state.optimizer)
-            self.step, self.tokens, self.seconds = state.step, state.tokens, state.seconds
-        self._log.begin(self.step, self.recipe.as_dict())
-
 
 def first_retriever(lm: RetroLM, train: Stage1TrainConfig) -> PageRetriever:
     """The retriever a run starts from: a copy of the backbone's projections, or a trained one (`init_from`)."""
@@ -312,36 +236,6 @@ def _model_name(model: str) -> str:
     return os.path.basename(os.path.abspath(model)) if os.path.isdir(model) else model
 
 
-def learning_rate(step: int, num_steps: int, warmup: float, final: float) -> float:
-    """Share of the peak rate at a step: linear rise, then cosine decay to `final`."""
-    rising = max(1, round(warmup * num_steps))
-    if step < rising:
-        return (step + 1) / rising
-    done = (step - rising) / max(1, num_steps - rising)
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def _accelerator(trackers: Sequence[Any], out: Path) -> Accelerator:
-    # The last layer's value delta feeds no score, so it never gets a gradient.
-    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
-    try:
-        accelerator = Accelerator(log_with=list(trackers) or None, project_dir=out, kwargs_handlers=handlers)
-    except ValueError as error:
-        raise UserError(f"Unknown tracker in {', '.join(map(str, trackers))}: {error}") from None
-    require_trackers(accelerator, trackers)
-    return accelerator
-
-
-def _own_batches(accumulate: int, num_processes: int) -> int:
-    """Forward passes of each process per step."""
-    if accumulate % num_processes:
-        raise UserError(
-            f"accumulate={accumulate} forward passes can't be shared by {num_processes} processes. "
-            f"Use a multiple of {num_processes}: --set accumulate={num_processes}"
-        )
-    return accumulate // num_processes
-
-
 def _dev_config(config: Stage1DataConfig) -> Stage1DataConfig:
     """The training mixture at all lengths from the first sample on, whatever the curriculum."""
     return dataclasses.replace(config, length_curriculum=0, length_group=min(config.length_group, 4))
@@ -354,8 +248,3 @@ def _lengths(config: Stage1DataConfig, num_samples: int) -> Iterator[int]:
 def _hits_and_counts(result: StepResult) -> Tensor:
     """Hits and samples that count, by layer: [L, 2]."""
     return torch.stack([result.hits_LN.nansum(1), (~result.hits_LN.isnan()).sum(1)], 1)
-
-
-def _rounded(value: Tensor) -> float | None:
-    """Four decimals; None for NaN, which JSON doesn't know."""
-    return None if bool(value.isnan()) else round(float(value), 4)

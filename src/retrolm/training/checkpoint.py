@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...errors import UserError
+from ..errors import UserError
 
 CHECKPOINT_FILE = "checkpoint.pt"
 

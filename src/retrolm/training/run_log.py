@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from ...errors import UserError
+from ..errors import UserError
 
 LOG_FILE = "log.jsonl"
 Log = Callable[[dict[str, Any]], None]
@@ -19,17 +19,17 @@ class RunLog:
     """Writes rows on the main process; the other processes are silent.
 
     Args:
-        folder: gets `log.jsonl`.
+        folder: gets `log.jsonl`. name: the project's name for trackers.
     """
 
-    def __init__(self, accelerator: Accelerator, folder: Path) -> None:
-        self._accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, folder: Path, name: str) -> None:
+        self._accelerator, self._name = accelerator, name
         self._path = folder / LOG_FILE
 
     def begin(self, step: int, recipe: dict[str, Any]) -> None:
         """Start at a step: rows of later steps, which a broken-off run left, are dropped."""
         if self._accelerator.trackers or self._accelerator.log_with:
-            self._accelerator.init_trackers("retrolm-stage1", config=dict(_flat(recipe)))
+            self._accelerator.init_trackers(self._name, config=dict(_flat(recipe)))
         if self._accelerator.is_main_process and self._path.is_file():
             kept = [line for line in self._path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
             part = self._path.with_suffix(".part")
