@@ -14,10 +14,10 @@ TEST_EXTRAS := $(USER_EXTRAS),evaluation,training,dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-book test lint format clean
+.PHONY: help setup demo demo-book test test-kvpress lint format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: .venv/.user ## install RetroLM into .venv
 
@@ -35,12 +35,23 @@ lint: .venv/.test ## style and types
 test: lint ## style, types and the test suite (no GPU, no network, no model needed)
 	$(BIN)/python -m pytest -m "not gpu and not slow"
 
+test-kvpress: .venv/.test .venv-kvpress/.made ## compare methods that prune with kvpress, in an environment of its own
+	rm -rf .venv-kvpress/dump
+	.venv-kvpress/bin/python tests/kvpress/dump.py .venv-kvpress/dump
+	KVPRESS_DUMP=.venv-kvpress/dump $(BIN)/python -m pytest tests/kvpress/compare.py
+
 format: .venv/.test ## apply the style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 clean: ## remove .venv and caches (pulled models stay)
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-kvpress .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# kvpress needs an older transformers than we do.
+.venv-kvpress/.made: tests/kvpress/requirements.txt
+	$(PYTHON) -m venv .venv-kvpress
+	.venv-kvpress/bin/python -m pip --disable-pip-version-check install --quiet $(RETROLM_TORCH) -r tests/kvpress/requirements.txt
+	@touch $@
 
 # The dotted files are stamps: a step runs again only when what it depends on has changed.
 .venv/.made:
