@@ -23,7 +23,6 @@ from retrolm.evaluation.runner import SAMPLES_FILE, Runner
 from retrolm.evaluation.shards import MAX_LOSSES, LostShardError, share_out
 from retrolm.evaluation.variants import Variant
 from retrolm.methods import BudgetError
-from retrolm.methods import BudgetError
 from tiny_eval import PROVENANCE, VARIANTS, run_stories, story_sample, story_set, tiny_answerer
 
 ANSWER = Prediction("e", 9, 1, False, {"prefill": 9, "decode": 9}, 0.1, 0.1)

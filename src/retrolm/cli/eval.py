@@ -12,6 +12,7 @@ import typer
 
 from ..errors import UserError
 from .boundary import guard
+from .eval_attention import attention
 from .eval_options import BackboneOptions, SetOption, SetOptions, run_provenance
 from .eval_retrieval import retrieval
 from .eval_score import score
@@ -126,5 +127,6 @@ def _tokenizer(model: str) -> Any:
     return load_tokenizer(model)
 
 
+command.command("attention")(attention)
 command.command("retrieval")(retrieval)
 command.command("score")(score)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 
 from .tasks.infinitebench_generate import HIGHEST, LOWER_ENDS, RANKS, UPPER_ENDS
 
@@ -16,7 +16,7 @@ def math_find_guess() -> float:
 
 def answer_shares(kind: str) -> dict[float, float]:
     """How often each number is the answer to a kind of question ("largest", …, "median")."""
-    shares: Counter[float] = Counter()
+    shares: dict[float, float] = defaultdict(float)
     for (low, high), share in _bounds(kind):
         for answer, part in _answers(RANKS[kind], low, high).items():
             shares[answer] += share * part

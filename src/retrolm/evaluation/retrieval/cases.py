@@ -15,11 +15,16 @@ MAX_GOLD_PAGES = 4
 
 @dataclass(frozen=True)
 class RetrievalCase:
-    """One question: pages of its text, and which of them hold the evidence (page 0 = first text page)."""
+    """One question: pages of its text, and which of them hold the evidence (page 0 = first text page).
+
+    Attributes:
+        spans: token ranges of the evidence in the text, half open.
+    """
 
     sample_id: str
     batch: PageBatch
     gold: frozenset[int]
+    spans: tuple[tuple[int, int], ...]
 
     @property
     def num_pages(self) -> int:
@@ -36,7 +41,7 @@ def retrieval_cases(lm: RetroLM, samples: Iterable[EvalSample]) -> tuple[list[Re
     cases: list[RetrievalCase] = []
     left_out = {"no_evidence": 0, "many_gold_pages": 0, "in_forced_page": 0}
     for sample in samples:
-        case = _case(lm, sample)
+        case = retrieval_case(lm, sample)
         if not case.gold:
             left_out["no_evidence"] += 1
         elif len(case.gold) > MAX_GOLD_PAGES:
@@ -48,7 +53,8 @@ def retrieval_cases(lm: RetroLM, samples: Iterable[EvalSample]) -> tuple[list[Re
     return cases, left_out
 
 
-def _case(lm: RetroLM, sample: EvalSample) -> RetrievalCase:
+def retrieval_case(lm: RetroLM, sample: EvalSample) -> RetrievalCase:
+    """Cut one sample into pages, in the format that `lm.format` says; without gold spans `gold` is empty."""
     found = lm.tokenizer(sample.context, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     offsets = found["offset_mapping"]
     spans = []
@@ -61,4 +67,4 @@ def _case(lm: RetroLM, sample: EvalSample) -> RetrievalCase:
     tail = lm.format.tail if sample.chat else ""
     question = lm.format.encode(sample.question + tail + sample.answer_prefix)
     batch = page_batch(lm.format.prefix_ids, [found["input_ids"]], [question], lm.config.page_size, lm.pad_id)
-    return RetrievalCase(sample.sample_id, batch, frozenset(gold))
+    return RetrievalCase(sample.sample_id, batch, frozenset(gold), tuple(spans))

@@ -44,6 +44,12 @@ def recall_rows(
     return [_row(lm, name, pages, torch.stack(found).float()) for (name, pages), found in hits.items()]
 
 
+def scoring_layers(lm: RetroLM) -> list[int]:
+    """Layers with page scores of their own (D7)."""
+    first = lm.config.num_skip_layers
+    return [layer for layer in range(first, lm.backbone.num_layers) if lm.backbone.retrieves(layer)]
+
+
 def case_hits(scores_LP: Tensor, case: RetrievalCase, num_pages: int) -> Tensor:
     """Whether each layer's `num_pages` best pages include a gold page, bool [L]."""
     gold = torch.zeros(case.num_pages, dtype=torch.bool)
@@ -54,11 +60,7 @@ def case_hits(scores_LP: Tensor, case: RetrievalCase, num_pages: int) -> Tensor:
 
 
 def _row(lm: RetroLM, name: str, num_pages: int, hits_NL: Tensor) -> dict[str, Any]:
-    scoring = [
-        layer
-        for layer in range(hits_NL.shape[1])
-        if layer >= lm.config.num_skip_layers and lm.backbone.retrieves(layer)
-    ]
+    scoring = scoring_layers(lm)
     by_layer = hits_NL.mean(0)
     chosen = by_layer[scoring]
     best = scoring[int(chosen.argmax())]
