@@ -47,7 +47,7 @@ def test_causal_attention_equals_the_reference(
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_memory_order_and_place_of_the_result_change_nothing(shape: tuple[int, int, int, int, int, int]) -> None:
     q, k, v = qkv(*shape, torch.float32)
-    ordered = [head_major(*x.shape, like=x).copy_(x) for x in (q, k, v)]
+    ordered = [head_major(x).copy_(x) for x in (q, k, v)]
     room = torch.full((q.shape[0], q.shape[1] + 3, *q.shape[2:]), torch.nan)
     found = attend(*ordered, None, 0.3, causal=True, out=room[:, : q.shape[1]])
     assert found.data_ptr() == room.data_ptr() and room[:, q.shape[1] :].isnan().all()
@@ -75,7 +75,7 @@ def test_half_precision_is_not_split() -> None:
 def test_rotation_into_another_layout(rotary_dims: int) -> None:
     x = torch.randn(2, 7, 3, 8)
     angles = torch.randn(7, 1, rotary_dims // 2).repeat(1, 1, 2)
-    out = head_major(*x.shape, like=x).fill_(torch.nan)
+    out = head_major(x).fill_(torch.nan)
     found = rotate(x, angles.cos(), angles.sin(), out)
     assert found is out and torch.equal(found, rotate(x, angles.cos(), angles.sin()))
     half = rotary_dims // 2

@@ -45,9 +45,9 @@ class DenseBlock:
         rows = self._on("rows", self._rows(q_nQHD.shape[1]), q_nQHD.device)
         q = q_nQHD.flatten(0, 1)[rows][None]
         cos, sin = (x[:, None] for x in backbone.rope(call.layer).at(torch.arange(self.num_tokens, device=q.device)))
-        keys = rotate(keys, cos, sin, out=head_major(*keys.shape, like=keys))
+        keys = rotate(keys, cos, sin, out=head_major(keys))
         first = self.num_tokens - q.shape[1]
-        q = rotate(q, cos[first:], sin[first:], out=head_major(*q.shape, like=q))
+        q = rotate(q, cos[first:], sin[first:], out=head_major(q))
         bias = self._mask(backbone.layers[call.layer].window, q)
         found_THD = attend(q, keys, values, bias, call.scale, call.softcap, causal=bias is None)[0]
         out_nQHD.flatten(0, 1)[rows] = found_THD

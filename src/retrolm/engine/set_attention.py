@@ -62,7 +62,7 @@ class SetAttention:
         keys, values = self._gather(call.layer, on, run.rows, picked, layout)
         tokens = layout.cos_q.shape[1]
         q = q_nQHD[run.rows, :tokens]
-        q = rotate(q, layout.cos_q, layout.sin_q, out=head_major(*q.shape, like=q))
+        q = rotate(q, layout.cos_q, layout.sin_q, out=head_major(q))
         bias = layout.bias_nQL
         attend(q, keys, values, bias, call.scale, call.softcap, causal=bias is None, out=out[run.rows, :tokens])
         if self._capture is not None:
@@ -79,7 +79,7 @@ class SetAttention:
         found = self._parts.store.read(layer, ids.flatten())
         dtype = self._parts.backbone.dtype
         keys, values = (x.to(dtype).unflatten(0, (len(ids), -1)).flatten(1, 2)[:, layout.span] for x in found)
-        return rotate(keys, layout.cos_k, layout.sin_k, out=head_major(*keys.shape, like=keys)), values
+        return rotate(keys, layout.cos_k, layout.sin_k, out=head_major(keys)), values
 
     # --- what layers share ----------------------------------------------------------------------------------
 
@@ -94,23 +94,29 @@ class SetAttention:
 
     def _layout(self, layer: int, on: GroupTensors, run: SetRun, picked_nS: Tensor) -> SetLayout:
         info = self._parts.backbone.layers[layer]
+        kind = (info.window, info.layer_type, info.device)
         if run.alike is None:
             layout = self._lay_out_chosen(layer, on, run, picked_nS)
+        elif kind in run.layouts:
+            layout = run.layouts[kind]
         else:
-            key = (*self._shape(run), info.window, info.layer_type, info.device)
-            if key not in self._layouts:
-                self._layouts[key] = self._lay_out_alike(layer, run, run.alike)
-            layout = self._layouts[key]
+            layout = run.layouts[kind] = self._shared_layout(layer, run, run.alike, kind)
         if self._parts.backbone.retrieves(layer):
             self.attended.append(layout.num_tokens)
         return layout
 
-    def _shape(self, run: SetRun) -> tuple[object, ...]:
+    def _shared_layout(self, layer: int, run: SetRun, alike_nS: Tensor, kind: tuple[object, ...]) -> SetLayout:
+        """One layout for all runs of the same shape."""
+        key = (*self._shape(run, alike_nS), *kind)
+        if key not in self._layouts:
+            self._layouts[key] = self._lay_out_alike(layer, run, alike_nS)
+        return self._layouts[key]
+
+    def _shape(self, run: SetRun, alike_nS: Tensor) -> tuple[object, ...]:
         """What two runs must agree in to share a layout."""
-        assert run.alike is not None
         group, table = self._group, self._group.table
-        rows = run.rows if len(run.alike) > 1 else slice(run.rows.start, run.rows.start + 1)
-        lengths, starts = (tuple(x[run.alike].flatten().tolist()) for x in (table.lengths, table.starts))
+        rows = slice(run.rows.start, run.rows.start + len(alike_nS))
+        lengths, starts = (tuple(x[alike_nS].flatten().tolist()) for x in (table.lengths, table.starts))
         own_lengths, own_starts = (tuple(x[rows].flatten().tolist()) for x in (group.lengths, group.own_starts()))
         return lengths, starts, own_lengths, own_starts, tuple(group.end[rows])
 

@@ -6,13 +6,14 @@ Shape letters: n pages of a run, S slots.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from .chunk import PageGroup
+from .gather import SetLayout
 
 # A CPU works fastest on one page's set at a time, which fits its caches; a GPU on many.
 _MOST_PAGES = {"cpu": 1}
@@ -27,11 +28,13 @@ class SetRun:
         rows: which pages of the group. size: pages each attends before itself.
         alike: pages, int64 [1 or n, S] on the host, that take up the same room as those attended (one row stands for
             all); None where that depends on the choice.
+        layouts: of `alike`, by what layers differ in.
     """
 
     rows: slice
     size: int
     alike: Tensor | None
+    layouts: dict[tuple[object, ...], SetLayout] = field(default_factory=dict)
 
 
 def set_runs(

@@ -110,14 +110,15 @@ def causal_needs_no_mask(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" or (_CPU_KERNEL is not None and dtype in _SPLIT_DTYPES)
 
 
-def head_major(N: int, T: int, H: int, D: int, like: Tensor) -> Tensor:
-    """An empty [N, T, H, D] tensor in the memory order in which attention reads fastest.
+def head_major(like_NTHD: Tensor) -> Tensor:
+    """An empty tensor of the shape of `like_NTHD` in the memory order in which attention reads it fastest.
 
-    On a CPU that is [N, H, T, D]: one head's rows lie behind each other. A GPU's kernels want none but this order.
+    On a CPU that is [N, H, T, D]: one head's rows lie behind each other. A GPU's kernels want none but [N, T, H, D].
     """
-    if like.is_cuda:
-        return like.new_empty(N, T, H, D)
-    return like.new_empty(N, H, T, D).transpose(1, 2)
+    N, T, H, D = like_NTHD.shape
+    if like_NTHD.is_cuda:
+        return like_NTHD.new_empty(N, T, H, D)
+    return like_NTHD.new_empty(N, H, T, D).transpose(1, 2)
 
 
 def _attend_causal(q_NQHD: Tensor, k_NTKD: Tensor, v_NTKD: Tensor, scale: float) -> Tensor:
