@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .engine.model import RetroLM
     from .engine.results import Answer, PageUse, Retrieval
     from .errors import RetroLMError, UserError
+    from .knowledge_base.base import KnowledgeBase
     from .retriever import PageRetriever
 
 # Loaded when first used (PEP 562), so that `import retrolm` and `retrolm --help` don't wait for torch.
@@ -20,6 +21,7 @@ _MODULE_OF = {
     "Answer": "engine.results",
     "Conversation": "engine.document",
     "Document": "engine.document",
+    "KnowledgeBase": "knowledge_base.base",
     "PageRetriever": "retriever",
     "PageUse": "engine.results",
     "RetroConfig": "config",
@@ -33,6 +35,7 @@ __all__ = [
     "Answer",
     "Conversation",
     "Document",
+    "KnowledgeBase",
     "PageRetriever",
     "PageUse",
     "Retrieval",
