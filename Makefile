@@ -37,8 +37,8 @@ test: lint ## style, types and the test suite (no GPU, no network, no model need
 
 test-kvpress: .venv/.test .venv-kvpress/.made ## compare methods that prune with kvpress, in an environment of its own
 	rm -rf .venv-kvpress/dump
-	.venv-kvpress/bin/python tests/kvpress/dump.py .venv-kvpress/dump
-	KVPRESS_DUMP=.venv-kvpress/dump $(BIN)/python -m pytest tests/kvpress/compare.py
+	.venv-kvpress/bin/python tests/against_kvpress/dump.py .venv-kvpress/dump
+	KVPRESS_DUMP=.venv-kvpress/dump $(BIN)/python -m pytest tests/against_kvpress/compare.py
 
 format: .venv/.test ## apply the style
 	$(BIN)/ruff check --fix
@@ -48,9 +48,9 @@ clean: ## remove .venv and caches (pulled models stay)
 	rm -rf .venv .venv-kvpress .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # kvpress needs an older transformers than we do.
-.venv-kvpress/.made: tests/kvpress/requirements.txt
+.venv-kvpress/.made: tests/against_kvpress/requirements.txt
 	$(PYTHON) -m venv .venv-kvpress
-	.venv-kvpress/bin/python -m pip --disable-pip-version-check install --quiet $(RETROLM_TORCH) -r tests/kvpress/requirements.txt
+	.venv-kvpress/bin/python -m pip --disable-pip-version-check install --quiet $(RETROLM_TORCH) -r tests/against_kvpress/requirements.txt
 	@touch $@
 
 # The dotted files are stamps: a step runs again only when what it depends on has changed.
