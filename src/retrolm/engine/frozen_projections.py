@@ -8,32 +8,42 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..retriever import PageRetriever, RetrieverCard
 from .backbone import Backbone
 
 
 class FrozenProjections:
-    """Copies of all q/k/v projections as they are now."""
+    """Copies of all q/k/v weights as they are now; biases are the model's own, trained or not."""
 
     def __init__(self, backbone: Backbone) -> None:
-        self._kept: dict[tuple[int, str], tuple[Tensor, Tensor | None]] = {}
-        self._constant_keys = {layer for layer, info in enumerate(backbone.layers) if info.key_bias is not None}
-        for layer, info in enumerate(backbone.layers):
-            for name in info.projections:
-                module: Any = getattr(info.attention, name)
-                bias = None if module.bias is None else module.bias.detach().clone()
-                self._kept[layer, name] = (module.weight.detach().clone(), bias)
-
-    def weight(self, layer: int, name: str) -> Tensor:
-        """The weight [out, in] as it was."""
-        return self._kept[layer, name][0]
-
-    def bias(self, layer: int, name: str) -> Tensor | None:
-        """The bias [out] as it was, if there is one."""
-        return self._kept[layer, name][1]
+        self._backbone = backbone
+        self._weights = {
+            (layer, name): self._module(layer, name).weight.detach().clone()
+            for layer, info in enumerate(backbone.layers)
+            for name in info.projections
+        }
 
     def project(self, layer: int, name: str, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Project normed rows [..., in] → [..., out] in `dtype`; for keys also without the bias, where there is one."""
-        weight, bias = self._kept[layer, name]
-        content = linear(rows, weight.to(rows.dtype)).to(dtype)
-        has_constant = name == "k_proj" and layer in self._constant_keys
+        content = linear(rows, self._weights[layer, name].to(rows.dtype)).to(dtype)
+        bias = self._module(layer, name).bias
+        has_constant = name == "k_proj" and self._backbone.layers[layer].key_bias is not None
         return content if bias is None else content + bias.to(dtype), content if has_constant else None
+
+    def written_out(self, retriever: PageRetriever | None, bookmark: Tensor, card: RetrieverCard) -> PageRetriever:
+        """A retriever of full rank for the model as it is now, whose W^b is the one that was used all along.
+
+        Args:
+            retriever: what was used, None = untrained copies. bookmark: embedding [hidden]. card: of rank 0.
+        """
+        found = PageRetriever(self._backbone.projection_shapes(), bookmark.float().cpu(), card)
+        for (layer, name), weight in self._weights.items():
+            eye = torch.eye(weight.shape[1], device=weight.device)
+            kept = weight.float() if retriever is None else weight.float() + retriever.delta(layer, name, eye).T
+            change = kept - self._module(layer, name).weight.detach().float()
+            delta: Any = found.deltas[f"layers_{layer}_{name}"]
+            delta.weight.data.copy_(change)
+        return found
+
+    def _module(self, layer: int, name: str) -> Any:
+        return getattr(self._backbone.layers[layer].attention, name)

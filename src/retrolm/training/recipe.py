@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,6 +40,11 @@ def build_table(kind: type[Table], values: Mapping[str, Any], what: str) -> Tabl
         if key not in allowed:
             raise unknown(what, key, allowed)
     return kind(**values)
+
+
+def model_name(model: str) -> str:
+    """How cards call a model: a folder by its last part, anything else as it is."""
+    return os.path.basename(os.path.abspath(model)) if os.path.isdir(model) else model
 
 
 def check_types(config: Any) -> None:

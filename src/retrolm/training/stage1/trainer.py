@@ -25,6 +25,7 @@ from ..data.mixture import text_length
 from ..data.pool import read_manifest
 from ..loop import TrainingLoop, rounded
 from ..processes import new_accelerator, own_share
+from ..recipe import model_name
 from ..run_log import Log
 from ..schedule import learning_rate
 from .backbone import check_window
@@ -174,7 +175,7 @@ class Stage1Trainer(TrainingLoop[Stage1Batch]):
         torch.manual_seed(train.seed)
         retriever = first_retriever(self.lm, train)
         recipe = self.recipe.as_dict()
-        recipe["train"]["model"] = _model_name(train.model)
+        recipe["train"]["model"] = model_name(train.model)
         retriever.card.details.update(
             recipe=recipe, data={key: manifest.get(key) for key in ("num_questions", "num_books", "licences")}
         )
@@ -218,7 +219,7 @@ class Stage1Trainer(TrainingLoop[Stage1Batch]):
 def first_retriever(lm: RetroLM, train: Stage1TrainConfig) -> PageRetriever:
     """The retriever a run starts from: a copy of the backbone's projections, or a trained one (`init_from`)."""
     shapes, fingerprint = lm.backbone.projection_shapes(), lm.backbone.fingerprint()
-    name = f"{os.path.basename(_model_name(train.model))}-stage1"
+    name = f"{os.path.basename(model_name(train.model))}-stage1"
     if not train.init_from:
         return PageRetriever(
             shapes, lm.untrained_bookmark(), RetrieverCard(fingerprint, train.rank, train.page_size, name)
@@ -229,11 +230,6 @@ def first_retriever(lm: RetroLM, train: Stage1TrainConfig) -> PageRetriever:
         raise UserError(f"{train.init_from} has rank {before.rank}, the recipe {train.rank}. Make them equal.")
     retriever.card = RetrieverCard(fingerprint, train.rank, train.page_size, name, {"init_from": before.details})
     return retriever
-
-
-def _model_name(model: str) -> str:
-    """How cards call a model: a folder by its last part, anything else as it is."""
-    return os.path.basename(os.path.abspath(model)) if os.path.isdir(model) else model
 
 
 def _dev_config(config: Stage1DataConfig) -> Stage1DataConfig:

@@ -1,0 +1,32 @@
+"""Loading backbone and retriever for stage 2, on the device of this process."""
+
+from __future__ import annotations
+
+from accelerate import PartialState
+
+from ...engine.model import RetroLM
+from ...errors import UserError
+from .config import Stage2Recipe
+
+
+def load_backbone(recipe: Stage2Recipe) -> RetroLM:
+    """Load the recipe's backbone and retriever; raises `UserError`."""
+    PartialState()  # makes this process's GPU the current one, where the model is put
+    train = recipe.train
+    retriever = None if train.retriever == "none" else train.retriever
+    dtype = "float32" if train.weights == "full" else train.dtype
+    config = train.engine_config()
+    lm = RetroLM.from_pretrained(
+        train.model, retriever=retriever, dtype=dtype, page_size=config.page_size, kv_budget=config.kv_budget
+    )
+    check_lengths(recipe, lm)
+    return lm
+
+
+def check_lengths(recipe: Stage2Recipe, lm: RetroLM) -> None:
+    """Raise `UserError` if pieces exceed the window of a model that is trained with full attention."""
+    if recipe.train.attention == "full" and recipe.data.max_tokens > lm.backbone.window:
+        raise UserError(
+            f"max_tokens={recipe.data.max_tokens} exceeds the model's window of {lm.backbone.window} positions, which "
+            f"full attention needs. Set max_tokens to {lm.backbone.window} at most, or train on sparse KV."
+        )
