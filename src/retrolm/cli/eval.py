@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from ..errors import UserError
 from .boundary import guard
+from .eval_answerer import (
+    AnswererOptions,
+    RayOption,
+    ShardsOption,
+    bare_tokenizer,
+    open_answerer,
+)
 from .eval_attention import attention
-from .eval_options import BackboneOptions, SetOption, SetOptions, run_provenance
+from .eval_options import AdapterOption, BackboneOptions, SetOption, SetOptions, split_knobs
 from .eval_retrieval import retrieval
 from .eval_score import score
-from .loading import load_engine
-from .options import EngineOptions, with_options
-
-if TYPE_CHECKING:
-    from ..evaluation.answering import Answerer, LocalAnswerer
+from .options import with_options
 
 command = typer.Typer(invoke_without_command=True)
 
@@ -51,16 +53,13 @@ def evaluate(
     kv_budget: Annotated[list[int], typer.Option("--kv-budget", help="Tokens per layer; may be repeated.")] = [2048],  # noqa: B006
     batch_size: Annotated[int, typer.Option(help="Samples read and answered side by side.", min=1)] = 1,
     chunk_pages: Annotated[int, typer.Option(help="Pages encoded at once, over all samples of a batch.")] = 16,
+    adapter: AdapterOption = ["none"],  # noqa: B006
     settings: SetOption = [],  # noqa: B006
     keep_pages: Annotated[bool, typer.Option("--keep-pages", help="Keep the pages used in the sample rows.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Answer failed samples again.")] = False,
     prepare_only: Annotated[bool, typer.Option("--prepare-only", help="Only make the samples (--cache-dir).")] = False,
-    ray: Annotated[
-        str | None, typer.Option(help="Share samples out on Ray: a cluster's address, or local.", show_default="off")
-    ] = None,
-    shards: Annotated[
-        int | None, typer.Option(help="Models on Ray.", min=1, show_default="one per GPU, or per machine without any")
-    ] = None,
+    ray: RayOption = None,
+    shards: ShardsOption = None,
 ) -> int:
     """Run benchmark tasks × lengths × methods × budgets; one row per sample and cell, resumable after a kill.
 
@@ -69,21 +68,24 @@ def evaluate(
     sets.check()
     if out is None and not prepare_only:
         raise UserError("Name a folder for the rows with --out.")
-    engine = backbone.engine(kv_budget=max(kv_budget), chunk_pages=chunk_pages, settings=settings)
+    plain, knobs = split_knobs(settings)
+    engine = backbone.engine(kv_budget=max(kv_budget), chunk_pages=chunk_pages, settings=plain)
     for budget in kv_budget:
         engine.config().replace(kv_budget=budget)
     if prepare_only:
-        sets.make(_tokenizer(backbone.model))
+        sets.make(bare_tokenizer(backbone.model))
         return 0
+    from ..evaluation.adapters import with_adapters
     from ..evaluation.runner import Runner
     from ..evaluation.variants import variants_of
     from .eval_events import EvalScreen, cell_line
 
-    variants = variants_of(method, kv_budget, backbone.retriever)
-    with open_answerer(engine, backbone, keep_pages, ray, shards) as answerer:
+    variants = with_adapters(variants_of(method, kv_budget, backbone.retriever), adapter)
+    options = AnswererOptions(engine, backbone.label, keep_pages, knobs)
+    with open_answerer(options, ray, shards) as answerer:
         for variant in variants:
             answerer.facts(variant)  # what can't be opened is refused before any work is done
-        made = sets.make(_tokenizer(backbone.model))
+        made = sets.make(bare_tokenizer(backbone.model))
         with EvalScreen(len(made) * len(variants)) as events:
             assert out is not None
             runner = Runner(
@@ -93,38 +95,6 @@ def evaluate(
     for cell in cells:
         print(cell_line(cell))
     return 1 if any(cell["num_failed"] for cell in cells) else 0
-
-
-def open_answerer(
-    engine: EngineOptions, backbone: BackboneOptions, keep_pages: bool, ray: str | None, shards: int | None
-) -> AbstractContextManager[Answerer]:
-    """What answers samples: this process, or shards on Ray. Raises `UserError`."""
-    provenance = run_provenance()
-    if ray is None:
-        if shards is not None:
-            raise UserError("--shards needs --ray. For example: --ray local --shards 2.")
-        return nullcontext(local_answerer(engine, backbone.label, keep_pages, provenance["command"]))
-    from ..evaluation.ray_shards import RayShards
-
-    make = functools.partial(local_answerer, engine, backbone.label, keep_pages, provenance["command"])
-    return RayShards(ray, make, provenance, shards)
-
-
-def local_answerer(engine: EngineOptions, label: str, keep_pages: bool, command_line: str) -> LocalAnswerer:
-    """Load the model of `engine` in this process; a shard on another machine states that machine in its rows."""
-    from ..evaluation.answering import LocalAnswerer
-    from ..evaluation.variants import VariantLoader
-
-    provenance = {**run_provenance(), "command": command_line}
-    return LocalAnswerer(VariantLoader(load_engine(engine), label, engine.config(), keep_pages), provenance)
-
-
-def _tokenizer(model: str) -> Any:
-    from ..engine.quiet import silence_libraries
-    from ..engine.tokenizer import load_tokenizer
-
-    silence_libraries()
-    return load_tokenizer(model)
 
 
 command.command("attention")(attention)

@@ -164,7 +164,7 @@ def _load(lm: RetroLM, path: Path) -> PageRetriever:
     return load_retriever(path, lm.backbone.projection_shapes(), lm.backbone.fingerprint())
 
 
-def retriever_digest(retriever: PageRetriever) -> str:
+def retriever_digest(retriever: torch.nn.Module) -> str:
     """Hash of a retriever's weights."""
     digest = hashlib.sha256()
     for name, value in sorted(retriever.state_dict().items()):

@@ -91,7 +91,8 @@ def pair_tables(results: Results) -> list[Table]:
         for base in _bases(results):
             others = [c for c in results.columns() if c.model == base.model and c != base]
             found = [pair for c in others if (pair := compare(results, scope, c, base))]
-            tables += _blocks(results, f"{scope.title}: paired difference to dense attention", found, first=True)
+            dense = f"dense attention{f' ({base.adapter})' if base.adapter else ''}"
+            tables += _blocks(results, f"{scope.title}: paired difference to {dense}", found, first=True)
         for ours in _ours(results):
             others = [c for c in results.columns() if c.model == ours.model and c not in (ours, *_bases(results))]
             same = [c for c in others if c.kv_budget in (ours.kv_budget, None)]
