@@ -14,12 +14,12 @@ from retrolm.knowledge_base.manifest import INDEX_FILE, PAGES_FILE, TEXT_FILE, D
 from retrolm.knowledge_base.shard import PageWriter, RecordShape
 from retrolm.knowledge_base.writer import Writer
 
-SHAPE = RecordShape("F32", 2, 4, 1, 3)
+SHAPE = RecordShape("F32", 2, (4, 1, 3))
 FINGERPRINT = {"model": "made up", "page_size": 4}
 
 
 def make_base(folder: Path) -> Path:
-    create_folder(folder, {"model": "none"}, FINGERPRINT, SHAPE.__dict__)
+    create_folder(folder, {"model": "none"}, FINGERPRINT, SHAPE.to_json())
     return folder
 
 
@@ -32,7 +32,7 @@ def made_up(name: str, seed: int, num_pages: int = 5) -> tuple[DocumentEntry, st
 
 def fill(folder: Path, entry: DocumentEntry, text: str) -> dict[str, FileEntry]:
     """Write a document of random pages."""
-    values = np.random.default_rng(len(text)).random((SHAPE.num_layers, entry.num_pages, *SHAPE.shape), np.float32)
+    values = np.random.default_rng(len(text)).random((SHAPE.num_layers, entry.num_pages, 2, *SHAPE.half), np.float32)
     pages = PageWriter(folder / PAGES_FILE, SHAPE, entry.num_pages)
     for layer in values:
         pages.write(layer.tobytes())

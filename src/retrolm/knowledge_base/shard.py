@@ -1,7 +1,8 @@
-"""Pages of one document on disk: a safetensors file with one array `pages` [layers, pages, 2, W, K, D].
+"""Pages of one document on disk: a safetensors file with one array `pages` [layers, pages, 2, *half].
 
-A record is what stands under [layer, page]: keys before RoPE, then values. Each has a CRC-32 in the index. Reading
-takes exactly the records asked for, and checks each the first time.
+A record is what stands under [layer, page]: keys before RoPE, then values, each [W, K, D]; or the two halves of a
+quantised record (`store.quantise`). Each has a CRC-32 in the index. Reading takes exactly the records asked for, and
+checks each the first time.
 """
 
 from __future__ import annotations
@@ -25,41 +26,35 @@ ARRAY = "pages"
 
 @dataclass(frozen=True)
 class RecordShape:
-    """What one record holds, the same in all of a base.
+    """What one record holds, the same in all of a base: two halves, in general keys and values.
 
     Attributes:
-        dtype: of stored numbers, as safetensors names it.
+        dtype: of stored numbers, as safetensors names it; U8 for quantised pages.
+        half: shape of a half: [W, K, D], or [bytes] for quantised pages.
     """
 
     dtype: str
     num_layers: int
-    page_size: int
-    num_kv_heads: int
-    head_dim: int
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """[K|V, tokens, KV heads, head dim]."""
-        return (2, self.page_size, self.num_kv_heads, self.head_dim)
+    half: tuple[int, ...]
 
     @property
     def record_bytes(self) -> int:
-        return num_bytes_of(self.dtype, self.shape)
+        return num_bytes_of(self.dtype, (2, *self.half))
 
     def file_shape(self, num_pages: int) -> tuple[int, ...]:
-        return (self.num_layers, num_pages, *self.shape)
+        return (self.num_layers, num_pages, 2, *self.half)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"dtype": self.dtype, "num_layers": self.num_layers, "half": list(self.half)}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> RecordShape:
         """From a manifest's `pages`; raises `DamagedBaseError` for what can't be."""
-        try:
-            found = cls(**fields)
-        except TypeError:
-            found = cls("", 0, 0, 0, 0)
-        counts = (found.num_layers, found.page_size, found.num_kv_heads, found.head_dim)
-        if found.dtype not in NUMPY_OF or not all(type(n) is int and 0 < n < 1 << 24 for n in counts):
+        dtype, num_layers, half = (fields.get(key) for key in ("dtype", "num_layers", "half"))
+        sizes = [num_layers, *half] if isinstance(half, list) and half else [0]
+        if dtype not in NUMPY_OF or not all(type(n) is int and 0 < n < 1 << 24 for n in sizes):
             raise DamagedBaseError("The manifest's shape of pages can't be. Restore the base from a copy.")
-        return found
+        return cls(str(dtype), sizes[0], tuple(sizes[1:]))
 
 
 class PageWriter:
