@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from retrolm.config import RetroConfig
 from retrolm.engine.model import RetroLM
 from retrolm.errors import UserError
-from retrolm.methods import METHODS
+from retrolm.methods import METHODS, PageMethod
 from tiny_models import random_ids, tiny_model
 
 MODEL = tiny_model("llama")
+PAGE_METHODS = [name for name in METHODS if issubclass(METHODS.get(name), PageMethod)]
 
 OPTIONS = st.fixed_dictionaries(
     {
@@ -31,13 +32,14 @@ OPTIONS = st.fixed_dictionaries(
         "causal_selection": st.booleans(),
         "retrieve_every": st.sampled_from([0, 1, 3, 8]),
         "chunk_pages": st.integers(1, 9),
+        "dense_bypass": st.booleans(),
         "store_dtype": st.sampled_from([None, "float32", "bfloat16"]),
     }
 )
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(options=OPTIONS, method=st.sampled_from(list(METHODS)), num_tokens=st.integers(1, 110), new=st.integers(1, 10))
+@given(options=OPTIONS, method=st.sampled_from(PAGE_METHODS), num_tokens=st.integers(1, 110), new=st.integers(1, 10))
 def test_every_combination_reads_and_generates(options: dict[str, Any], method: str, num_tokens: int, new: int) -> None:
     size = options["page_size"]
     budget = options.pop("pages") * size + options.pop("odd")

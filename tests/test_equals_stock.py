@@ -14,8 +14,8 @@ W = 8
 
 
 def difference(model: object, ids: Tensor, **options: object) -> float:
-    """Largest logit difference between RetroLM and the stock model."""
-    lm = RetroLM(model, config=RetroConfig.from_options(options))
+    """Largest logit difference between RetroLM, page by page unless told otherwise, and the stock model."""
+    lm = RetroLM(model, config=RetroConfig.from_options({"dense_bypass": False, **options}))
     expected = stock_logits(model, ids)
     found = lm.logits(ids)
     lm.detach()
@@ -29,6 +29,16 @@ def test_logits_equal_the_stock_model(name: str, num_tokens: int) -> None:
     if name == "phi3-longrope":  # the frequency set is fixed by the budget, the stock model's by the text
         num_tokens += ORIGINAL
     assert difference(tiny_model(name), random_ids(num_tokens), kv_budget=200, page_size=W, chunk_pages=3) <= 1e-6
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("num_tokens", [5 * W + 1, 17 * W - 1])
+def test_dense_blocks_equal_the_stock_model(name: str, num_tokens: int) -> None:
+    """Chunks that leave nothing out attend as one block: the first of a text, and those behind others."""
+    if name == "phi3-longrope":
+        num_tokens += ORIGINAL
+    ids, options = random_ids(num_tokens), {"kv_budget": 200, "page_size": W, "dense_bypass": True}
+    assert all(difference(tiny_model(name), ids, **options, chunk_pages=chunk) <= 1e-6 for chunk in (5, 100))
 
 
 @pytest.mark.parametrize("chunk_pages", [1, 2, 16])

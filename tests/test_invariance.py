@@ -43,6 +43,28 @@ def test_any_chunking_gives_the_same_logits(name: str, causal: bool) -> None:
     assert (make(name, kv_budget=200).logits(ids) - by_page).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mode", ["recent", "mean_key", "full"])
+@pytest.mark.parametrize("name", ["llama", "mistral-sliding", "gemma3"])
+def test_the_dense_block_changes_nothing(name: str, mode: str, causal: bool) -> None:
+    """Chunks that begin below the budget and end beyond it, and layers that attend everything."""
+    ids = random_ids(163)
+    options: dict[str, Any] = {"first_layer_mode": mode, "causal_selection": causal, "chunk_pages": 7}
+    off, on = (make(name, dense_bypass=bypass, **options).logits(ids) for bypass in (False, True))
+    assert (off - on).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_a_conversation_that_outgrows_the_budget(name: str) -> None:
+    """Pages read as one block are ordinary pages to what comes later."""
+    answers = []
+    for bypass in (False, True):
+        talk = make(name, 600, dense_bypass=bypass, kv_budget=160).read(STORY).conversation()
+        answers.append([talk.ask(q, raw=True, max_new_tokens=40) for q in ("Who counted?", "And then?", "Why?")])
+    assert [a.token_ids for a in answers[0]] == [a.token_ids for a in answers[1]]
+    assert answers[1][-1].retrieval.page_ids.shape[1] < answers[1][-1].retrieval.scores.shape[1]
+
+
 @pytest.mark.parametrize("num_slots", [8, 11, 20])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_a_capped_device_tier_changes_no_bit(name: str, num_slots: int) -> None:

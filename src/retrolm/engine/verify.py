@@ -179,8 +179,8 @@ class _Stock:
 def _run(
     lm: RetroLM, kv_budget: int, chunk_pages: int, input_ids: Tensor, num_generated: int
 ) -> tuple[Tensor, list[int]]:
-    """Logits [T, vocabulary] and greedy tokens at one budget and chunking."""
-    config: RetroConfig = lm.config.replace(kv_budget=kv_budget, chunk_pages=chunk_pages)
+    """Logits [T, vocabulary] and greedy tokens at one budget and chunking, every page by its own gathered set."""
+    config: RetroConfig = lm.config.replace(kv_budget=kv_budget, chunk_pages=chunk_pages, dense_bypass=False)
     trial = RetroLM(lm.model, lm.tokenizer, config=config, method=lm.method.name, retriever=lm.retriever)
     try:
         logits = trial.logits(input_ids)
