@@ -88,7 +88,7 @@ class InfLLM(TokenMethod):
         chosen_BN = self._chosen_blocks(view, split, num_blocks)
         in_chosen = chosen_BN[:, None].gather(2, block_B1T.clamp(0, chosen_BN.shape[1] - 1))
         in_block = (true_B1T >= split.num_init) & (true_B1T < waiting_from)
-        ends = (view.before_B - split.window + view.num_queries)[:, None, None]
+        ends = (view.starts - split.window + view.num_queries)[:, None, None]
         behind = (true_B1T >= 0) & (true_B1T < ends)
         places = places_of(behind & (~in_block | in_chosen), view.kv_budget)
         true_BJS = true_at(view.cache, places)

@@ -2,8 +2,8 @@
 
 A prompt is read in chunks of `chunk_tokens`; a generated token is a chunk of one. In every layer the engine calls, in
 this order: `keep` (what of the cache stays, to make room), `select` (what the chunk attends, and where it stands), and
-`observe` (the attention weights, for methods that ask for them). Keys are kept before RoPE with their true positions and
-rotated at use to the positions that `select` gives.
+`observe` (the attention weights, for methods that ask for them). Keys are kept before RoPE, with their true positions,
+and rotated at use to the positions that `select` gives.
 
 Shape letters: B samples, H query heads, K KV heads, Q queries of the chunk, T cache places, S attended places, D head
 dim; J is 1 where all heads share a choice, else K; M rows of marks.
@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -82,7 +82,7 @@ class ChunkView:
         return self.q_BHQD.shape[2]
 
     @property
-    def before_B(self) -> Tensor:
+    def starts(self) -> Tensor:
         """Tokens before the chunk, int64 [B] on the layer's device."""
         return torch.tensor(self.before, device=self.q_BHQD.device)
 
@@ -111,7 +111,7 @@ class TokenMethod(Method, ABC):
     """
 
     kind = "tokens"
-    prefill = "streaming"
+    prefill: ClassVar[Literal["streaming", "dense"]] = "streaming"
     needs_weights: ClassVar[bool] = False
 
     def chunk_tokens(self, kv_budget: int) -> int:
@@ -173,7 +173,7 @@ def local_part(view: ChunkView, window: int, places_BJS: Tensor | None = None) -
     """
     true_BJS = view.cache.true_BJT if places_BJS is None else true_at(view.cache, places_BJS)
     apart = distance(view.true_BQ, true_BJS)
-    start_B = (view.before_B - window + 1).clamp(min=0)
+    start_B = (view.starts - window + 1).clamp(min=0)
     return Part(
         places_BJS,
         (apart >= 0) & (apart < window),

@@ -79,7 +79,7 @@ class TokenSelect(TokenMethod):
     def _chosen(self, view: ChunkView, true_B1T: Tensor) -> Tensor:
         """What the chunk attends, its own tokens included, bool [B, 1, T]."""
         split = self._split(view.kv_budget)
-        local_from = (view.before_B - split.num_local)[:, None, None]
+        local_from = (view.starts - split.num_local)[:, None, None]
         forced = (true_B1T >= 0) & ((true_B1T < split.num_init) | (true_B1T >= local_from))
         candidates = (true_B1T >= 0) & ~forced
         votes = self._votes(view, candidates)

@@ -1,0 +1,280 @@
+"""Token methods written out naively in float64: token by token, head by head, lists and loops, from their papers.
+
+A rule says which tokens a query sees and at which distance; the reader below does the rest. Nothing of the engine or the
+methods is used; norms, projections and MLPs are the stock model's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from naive_reference import NaiveOptions, NaiveRetroLM
+
+Vectors = np.ndarray  # [tokens, heads, head dim]
+Seen = list[tuple[int, int]]  # (token, distance)
+
+
+class Rule:
+    """What a method lets tokens see; `begin` and `saw` keep its books, layer by layer."""
+
+    reader: NaiveTokens
+
+    def begin(self, layer: int, start: int, stop: int, queries: Vectors, keys: Vectors, answering: bool) -> None:
+        """A chunk of tokens [start, stop) comes in; keys of all tokens so far, before RoPE."""
+
+    def sees(self, layer: int, token: int, head: int) -> Seen:
+        raise NotImplementedError
+
+    def saw(self, layer: int, token: int, head: int, weights: dict[int, float]) -> None:
+        """Attention weights of one query."""
+
+
+class NaiveTokens(NaiveRetroLM):
+    """Reads ids in chunks; `logits` grows by one row per token, `counts[layer]` by what each token saw at most."""
+
+    def __init__(self, model: Any, rule: Rule) -> None:
+        super().__init__(model, NaiveOptions(), torch.zeros(1))
+        self.rule = rule
+        rule.reader = self
+        num_layers = self.config.num_hidden_layers
+        self.keys: list[list[Vectors]] = [[] for _ in range(num_layers)]
+        self.values: list[list[Vectors]] = [[] for _ in range(num_layers)]
+        self.at_zero: list[list[Vectors]] = [[] for _ in range(num_layers)]  # keys at position 0
+        self.num_tokens = 0
+        self.logits: list[np.ndarray] = []
+        self.counts: list[list[int]] = [[] for _ in range(num_layers)]
+
+    @torch.no_grad()
+    def chunk(self, ids: list[int], answering: bool = False) -> None:
+        """Read one chunk."""
+        rows = self.model.get_input_embeddings()(torch.tensor(ids))
+        start, stop = self.num_tokens, self.num_tokens + len(ids)
+        for index, layer in enumerate(self.model.model.layers):
+            queries, keys, values = self._project(index, layer, rows, bookmark=False)
+            self.keys[index] += list(keys)
+            self.values[index] += list(values)
+            self.at_zero[index] += [self._turn(index, key, 0) for key in keys]
+            if not self._keeps_window(index):
+                self.rule.begin(index, start, stop, queries, np.stack(self.keys[index]), answering)
+            out = np.stack([self._token(index, start + i, query) for i, query in enumerate(queries)])
+            rows = self._finish(layer, rows, out)
+        self.num_tokens = stop
+        self.logits += list(self._head(rows))
+
+    def _head(self, rows: Tensor) -> np.ndarray:
+        logits = self.model.lm_head(self.model.model.norm(rows))
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        found: np.ndarray = (cap * torch.tanh(logits / cap) if cap else logits).numpy()
+        return found
+
+    def _token(self, layer: int, token: int, query: Vectors) -> Vectors:
+        out, window = np.zeros_like(query), self._window(layer)
+        most, turned = 0, dict[int, Vectors]()
+        for head in range(self.heads):
+            if self._keeps_window(layer):
+                seen = [(j, token - j) for j in range(token + 1)]
+            else:
+                seen = self.rule.sees(layer, token, head)
+            seen = [(j, apart) for j, apart in seen if window is None or apart < window]
+            most = max(most, len(seen))
+            for _, apart in seen:
+                if apart not in turned:
+                    turned[apart] = self._turn(layer, query, apart)
+            weights = self._weights(layer, turned, head, seen)
+            if not self._keeps_window(layer):
+                self.rule.saw(layer, token, head, {j: w for (j, _), w in zip(seen, weights, strict=True)})
+            for (j, _), weight in zip(seen, weights, strict=True):
+                out[head] += weight * self.values[layer][j][self.kv(head)]
+        self.counts[layer].append(most)
+        return out
+
+    def kv(self, head: int) -> int:
+        return head // (self.heads // self.kv_heads)
+
+    def _weights(self, layer: int, turned: dict[int, Vectors], head: int, seen: Seen) -> np.ndarray:
+        scale = getattr(self.config, "query_pre_attn_scalar", self.dim) ** -0.5
+        cap = getattr(self.config, "attn_logit_softcapping", None)
+        keys = self.at_zero[layer]
+        logits = np.array([float(turned[apart][head] @ keys[j][self.kv(head)]) * scale for j, apart in seen])
+        if cap:
+            logits = cap * np.tanh(logits / cap)
+        weights = np.exp(logits - logits.max())
+        found: np.ndarray = weights / weights.sum()
+        return found
+
+
+class Streaming(Rule):
+    """Sinks and recent tokens as a list; distances are between places in the list."""
+
+    def __init__(self, budget: int, num_sink: int) -> None:
+        self.budget, self.num_sink = budget, num_sink
+
+    def sees(self, layer: int, token: int, head: int) -> Seen:
+        cache = list(range(token + 1))
+        if len(cache) > self.budget:
+            cache = cache[: self.num_sink] + cache[len(cache) - (self.budget - self.num_sink) :]
+        return [(j, len(cache) - 1 - place) for place, j in enumerate(cache)]
+
+
+class LMInfinite(Rule):
+    """Near tokens at their distance; the first ones, once far, at the limit."""
+
+    def __init__(self, num_local: int, num_global: int) -> None:
+        self.num_local, self.num_global = num_local, num_global
+
+    def sees(self, layer: int, token: int, head: int) -> Seen:
+        near = [(j, token - j) for j in range(token + 1) if token - j < self.num_local]
+        far = [(j, self.num_local) for j in range(self.num_global) if token - j >= self.num_local]
+        return far + near
+
+
+class H2O(Rule):
+    """One list per layer and KV head, cut before each chunk."""
+
+    def __init__(self, budget: int, num_heavy: int) -> None:
+        self.budget, self.num_heavy = budget, num_heavy
+        self.cache: dict[tuple[int, int], list[int]] = {}
+        self.score: dict[tuple[int, int], dict[int, float]] = {}
+
+    def begin(self, layer: int, start: int, stop: int, queries: Vectors, keys: Vectors, answering: bool) -> None:
+        for kv in range(keys.shape[1]):
+            cache = self.cache.setdefault((layer, kv), [])
+            score = self.score.setdefault((layer, kv), {})
+            room = self.budget - (stop - start)
+            if len(cache) > room:
+                num_recent = self.budget - self.num_heavy - (stop - start)
+                recent = cache[len(cache) - num_recent :]
+                others = cache[: len(cache) - num_recent]
+                heavy = sorted(others, key=lambda j: (score[j], j))[len(others) - (room - num_recent) :]
+                cache[:] = sorted(heavy) + recent
+            for j in range(start, stop):
+                cache.append(j)
+                score[j] = 0.0
+
+    def sees(self, layer: int, token: int, head: int) -> Seen:
+        cache = self.cache[layer, self.reader.kv(head)]
+        place = cache.index(token)
+        return [(j, place - i) for i, j in enumerate(cache[: place + 1])]
+
+    def saw(self, layer: int, token: int, head: int, weights: dict[int, float]) -> None:
+        group = self.reader.heads // self.reader.kv_heads
+        for j, weight in weights.items():
+            self.score[layer, self.reader.kv(head)][j] += weight / group
+
+
+class InfLLM(Rule):
+    """Lists of first tokens, blocks and waiting tokens per layer, moved along as the published code does."""
+
+    def __init__(self, num_init: int, window: int, block: int, top_k: int, repr_top_k: int) -> None:
+        self.num_init, self.window, self.block = num_init, window, block
+        self.top_k, self.repr_top_k = top_k, repr_top_k
+        self.first: dict[int, list[int]] = {}
+        self.blocks: dict[int, list[list[int]]] = {}
+        self.represents: dict[int, list[np.ndarray]] = {}
+        self.waiting: dict[int, list[int]] = {}
+        self.score: dict[tuple[int, int], dict[int, float]] = {}
+        self.chosen: dict[int, set[int]] = {}
+
+    def begin(self, layer: int, start: int, stop: int, queries: Vectors, keys: Vectors, answering: bool) -> None:
+        first, waiting = self.first.setdefault(layer, []), self.waiting.setdefault(layer, [])
+        self._move(layer, first, waiting, keys)
+        blocks = self.blocks.setdefault(layer, [])
+        mean = np.mean([self.reader._turn(layer, query, self.window - 1) for query in queries], axis=0)
+        scores = [float((mean * rep).sum()) for rep in self.represents.setdefault(layer, [])]
+        best = sorted(range(len(blocks)), key=lambda n: scores[n], reverse=True)[: self.top_k]
+        self.chosen[layer] = {j for n in best for j in blocks[n]}
+        waiting += list(range(start, stop))
+
+    def _move(self, layer: int, first: list[int], waiting: list[int], keys: Vectors) -> None:
+        while len(waiting) > self.window and len(first) < self.num_init:
+            first.append(waiting.pop(0))
+        while len(waiting) - self.block >= self.window:
+            block = [waiting.pop(0) for _ in range(self.block)]
+            self.blocks[layer].append(block)
+            rep = np.zeros((self.reader.heads, self.reader.dim))
+            for head in range(self.reader.heads):
+                score = self.score[layer, head]
+                best = sorted(block, key=lambda j: score.get(j, 0.0), reverse=True)[: self.repr_top_k]
+                rep[head] = np.mean([keys[j, self.reader.kv(head)] for j in best], axis=0)
+            self.represents[layer].append(rep)
+
+    def sees(self, layer: int, token: int, head: int) -> Seen:
+        far = self.chosen[layer] | set(self.first[layer]) | set(self.waiting[layer])
+        near = [(j, token - j) for j in range(token + 1) if token - j < self.window]
+        return near + [(j, self.window - 1) for j in sorted(far) if token - j >= self.window]
+
+    def saw(self, layer: int, token: int, head: int, weights: dict[int, float]) -> None:
+        score = self.score.setdefault((layer, head), {})
+        for j, weight in weights.items():
+            if token - j < self.window:
+                score[j] = score.get(j, 0.0) + weight
+
+
+class TokenSelect(Rule):
+    """First, voted and local tokens and the chunk, laid side by side."""
+
+    def __init__(self, budget: int, num_init: int, num_local: int) -> None:
+        self.budget, self.num_init, self.num_local = budget, num_init, num_local
+        self.row: dict[int, list[int]] = {}
+
+    def begin(self, layer: int, start: int, stop: int, queries: Vectors, keys: Vectors, answering: bool) -> None:
+        self.row[layer] = list(range(stop))
+        if stop <= self.budget:
+            return
+        middle = list(range(self.num_init, start - self.num_local))
+        turned = [self.reader._turn(layer, query, self.num_local + i) for i, query in enumerate(queries)]
+        mean = np.mean(turned, axis=0)
+        votes = np.zeros(len(middle))
+        for head in range(self.reader.heads):
+            logits = np.array([float(mean[head] @ keys[j, self.reader.kv(head)]) for j in middle])
+            shares = np.exp(logits - logits.max())
+            votes += shares / shares.sum()
+        room = self.budget - self.num_init - self.num_local - (stop - start)
+        best = sorted(range(len(middle)), key=lambda i: (votes[i], i), reverse=True)[:room]  # ties: the later token
+        kept = {middle[i] for i in best} | set(range(self.num_init)) | set(range(start - self.num_local, stop))
+        self.row[layer] = sorted(kept)
+
+    def sees(self, layer: int, token: int, head: int) -> Seen:
+        row = self.row[layer]
+        place = row.index(token)
+        return [(j, place - i) for i, j in enumerate(row[: place + 1])]
+
+
+class Quest(Rule):
+    """Pages by the best bound, for each generated token and KV head; everything before that and in the first layers."""
+
+    def __init__(self, budget: int, page: int, num_dense: int) -> None:
+        self.num_pages, self.page, self.num_dense = budget // page, page, num_dense
+        self.chosen: dict[tuple[int, int], set[int]] = {}
+
+    def begin(self, layer: int, start: int, stop: int, queries: Vectors, keys: Vectors, answering: bool) -> None:
+        reader, num_pages = self.reader, -(-stop // self.page)
+        everything = set(range(num_pages))
+        if not answering or layer < self.num_dense:
+            self.chosen = {**self.chosen, **{(layer, kv): everything for kv in range(reader.kv_heads)}}
+            return
+        turned = np.stack([reader._turn(layer, key, j) for j, key in enumerate(keys)])
+        query = reader._turn(layer, queries[0], start)
+        for kv in range(reader.kv_heads):
+            bounds = [max(self._bound(query, turned, p, h) for h in self._heads(kv)) for p in range(num_pages - 1)]
+            best = sorted(range(num_pages - 1), key=lambda p: bounds[p], reverse=True)[: self.num_pages - 1]
+            self.chosen[layer, kv] = {*best, num_pages - 1}
+
+    def _heads(self, kv: int) -> list[int]:
+        return [head for head in range(self.reader.heads) if self.reader.kv(head) == kv]
+
+    def _bound(self, query: Vectors, turned: Vectors, page: int, head: int) -> float:
+        rows = turned[page * self.page : (page + 1) * self.page, self.reader.kv(head)]
+        total = 0.0
+        for channel in range(rows.shape[1]):
+            q = query[head, channel]
+            total += max(q * rows[:, channel].min(), q * rows[:, channel].max())
+        return total
+
+    def sees(self, layer: int, token: int, head: int) -> Seen:
+        chosen = self.chosen[layer, self.reader.kv(head)]
+        return [(j, token - j) for j in range(token + 1) if j // self.page in chosen]
