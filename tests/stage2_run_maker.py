@@ -60,9 +60,7 @@ def tiny_stage2_recipe(data: dict[str, Any] | None = None, **changes: Any) -> St
 
 def tiny_stage2_backbone(name: str = "qwen2", seed: int = 0) -> RetroLM:
     """A tiny chat model of 3 layers with a random retriever."""
-    model = tiny_model(
-        name, seed, torch.float32, vocab_size=600, max_position_embeddings=1024, num_hidden_layers=3
-    )
+    model = tiny_model(name, seed, torch.float32, vocab_size=600, max_position_embeddings=1024, num_hidden_layers=3)
     lm = RetroLM(model, tiny_tokenizer(), config=RetroConfig(kv_budget=5 * W, page_size=W))
     lm.use_retriever(random_retriever(lm, 0).float())
     return lm

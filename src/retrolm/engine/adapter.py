@@ -211,7 +211,7 @@ def _fitting(backbone: Backbone, path: str, tensors: dict[str, Tensor], folder: 
     if path not in known or down is None or up is None or (down.shape[1], up.shape[0]) != known[path]:
         got = None if down is None or up is None else (down.shape[1], up.shape[0])
         raise UserError(
-            f"The adapter in {folder} doesn't fit this model: {path} is {got} there and {known.get(path)} here. Load "
+            f"The adapter in {folder} doesn't fit this model: {path} is {got} there and {known.get(path, 'missing')} here. Load "
             "it with the model it was trained on."
         )
     return known[path]

@@ -1,0 +1,218 @@
+"""Stage-2 runs: killed ones go on bit for bit, two processes train as one, what is saved is what was trained."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from retrolm.config import RetroConfig
+from retrolm.engine.adapter import SMALL_WEIGHTS_FILE, WEIGHTS_FILE
+from retrolm.engine.model import RetroLM
+from retrolm.errors import UserError
+from retrolm.training.run_log import LOG_FILE
+from retrolm.training.stage2.config import Stage2TrainConfig, load_recipe
+from retrolm.training.stage2.pieces import PieceStream
+from retrolm.training.stage2.trainer import ADAPTER_FOLDER, MODEL_FOLDER
+from stage2_run_maker import W, tiny_stage2_backbone, tiny_stage2_recipe, tiny_stage2_trainer, write_documents
+from tiny_models import random_ids
+from tiny_tokenizer import tiny_tokenizer
+
+WORKER = Path(__file__).with_name("stage2_run_worker.py")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_documents(tmp_path_factory.mktemp("documents"))
+
+
+def weights(out: Path) -> bytes:
+    return (out / ADAPTER_FOLDER / WEIGHTS_FILE).read_bytes()
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (out / LOG_FILE).read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in found]
+
+
+def run_until(documents: Path, out: Path, kill_at: int | None, settings: list[str]) -> int:
+    """Run or resume in a process group of its own; kill it, workers and all, when it has printed step `kill_at`."""
+    command = [sys.executable, str(WORKER), str(documents), str(out), *settings]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if kill_at is not None and line.strip() == str(kill_at):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.stdout.close()
+    return process.wait()
+
+
+def test_killed_runs_end_with_the_same_bits(documents: Path, tmp_path: Path) -> None:
+    """SIGKILL right after random steps, with a worker reading documents; checkpoints only at every other step."""
+    settings = {"num_steps": 9, "log_every": 1, "save_every": 2, "num_workers": 1}
+    assert tiny_stage2_trainer(tmp_path / "whole", documents, **settings).run()
+    out = tmp_path / "killed"
+    kills = (1, random.randrange(3, 8), None)
+    ends = [run_until(documents, out, at, [f"{key}={value}" for key, value in settings.items()]) for at in kills]
+    assert ends[0] == -signal.SIGKILL and ends[-1] == 0
+    assert weights(out) == weights(tmp_path / "whole")
+    assert rows(out) == rows(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention": "full"}, {"weights": "full", "lr": 1e-3}])
+def test_stopping_by_time_and_going_on(changes: dict[str, Any], documents: Path, tmp_path: Path) -> None:
+    assert tiny_stage2_trainer(tmp_path / "whole", documents, dev_every=3, **changes).run()
+    runs = 0
+    while not tiny_stage2_trainer(tmp_path / "parts", documents, dev_every=3, **changes).run(True, 1e-9):
+        runs += 1
+    assert runs == 5
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    folder = MODEL_FOLDER if "weights" in changes else ADAPTER_FOLDER
+    name = "model.safetensors" if "weights" in changes else WEIGHTS_FILE
+    one, two = (load_file(tmp_path / part / folder / name) for part in ("whole", "parts"))
+    assert all(torch.equal(value, two[key]) for key, value in one.items())
+
+
+def test_two_processes_equal_one(documents: Path, tmp_path: Path) -> None:
+    settings = {"lr": 1e-3, "accumulate": 4, "num_steps": 4, "log_every": 1, "dev_every": 2}
+    assert tiny_stage2_trainer(tmp_path / "one", documents, **settings).run()
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(WORKER)]
+    command = [*launch, str(documents), str(tmp_path / "two"), *(f"{key}={value}" for key, value in settings.items())]
+    environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("processes 2") == 1
+    for row, other in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        assert row == pytest.approx(other, abs=2e-4)
+    one, two = (load_file(tmp_path / name / ADAPTER_FOLDER / WEIGHTS_FILE) for name in ("one", "two"))
+    assert all(torch.allclose(value.float(), two[key].float(), rtol=0, atol=2e-5) for key, value in one.items())
+
+
+def test_a_step_trains_the_adapter_alone(documents: Path, tmp_path: Path) -> None:
+    """The backbone, the retriever and what bookmarks choose keep their bits (D20; F7)."""
+    lm = tiny_stage2_backbone()
+    before = {name: value.clone() for name, value in lm.model.state_dict().items()}
+    kept = {name: value.clone() for name, value in lm.retriever.state_dict().items()}  # type: ignore[union-attr]
+    trainer = tiny_stage2_trainer(tmp_path, documents, lm, num_steps=8, dev_every=8)
+    at_first = trainer.dev_loss()
+    assert trainer.run()
+    assert trainer.dev_loss() < at_first  # type: ignore[operator]
+    assert all(torch.equal(value, before[name]) for name, value in lm.model.state_dict().items())
+    assert all(torch.equal(value, kept[name]) for name, value in lm.retriever.state_dict().items())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("bits", [8, 16, 32])
+def test_the_saved_adapter_is_the_trained_one(bits: int, documents: Path, tmp_path: Path) -> None:
+    trainer = tiny_stage2_trainer(tmp_path, documents, bits=bits, num_steps=3)
+    assert trainer.run()
+    ids = random_ids(150)
+    expected = trainer.lm.logits(ids)
+    lm = tiny_stage2_backbone()
+    plain = lm.logits(ids)
+    lm.use_adapter(trainer.artefact_folder)
+    error = float((lm.logits(ids) - expected).abs().max())
+    moved = float((plain - expected).abs().max())
+    assert error <= moved * {8: 0.1, 16: 0.03, 32: 1e-4}[bits]
+    names = {path.name for path in trainer.artefact_folder.iterdir()}
+    assert (SMALL_WEIGHTS_FILE if bits == 8 else WEIGHTS_FILE) in names and len(names) == 3
+    card = json.loads((trainer.artefact_folder / "card.json").read_text())
+    assert (
+        card["details"]["step"] == 3 and card["details"]["bits"] == bits and card["backbone"]["model_type"] == "qwen2"
+    )
+
+
+def test_all_weights_come_with_w_b_written_out(documents: Path, tmp_path: Path) -> None:
+    """Bookmark rows of the saved model project as they did before training, though the model's own weights moved."""
+    old = tiny_stage2_backbone()
+    trainer = tiny_stage2_trainer(tmp_path, documents, weights="full", lr=1e-3)
+    assert trainer.run()
+    rows_in = torch.randn(5, old.backbone.hidden_size)
+    folder = tmp_path / MODEL_FOLDER
+    new = RetroLM.from_pretrained(folder, retriever=folder / "retriever", dtype="float32", kv_budget=5 * W, page_size=W)
+    for layer in range(3):
+        for name in ("q_proj", "k_proj", "v_proj"):
+            found, expected = (
+                torch.nn.functional.linear(rows_in, getattr(lm.backbone.layers[layer].attention, name).weight)
+                + lm.retriever.delta(layer, name, rows_in)  # type: ignore[union-attr]
+                for lm in (new, old)
+            )
+            assert torch.allclose(found, expected, rtol=0, atol=0.05)
+    ids = random_ids(150)
+    assert not torch.allclose(new.logits(ids), old.logits(ids), atol=1e-2)
+    program = trainer.step_module.program(150)
+    with torch.no_grad(), trainer.step_module.running(program):
+        trained = float(trainer.step_module(ids, program) / 149)
+    saved = torch.nn.functional.cross_entropy(new.logits(ids)[:-1], ids[1:])
+    assert float(saved) == pytest.approx(trained, abs=2e-3)
+
+
+def test_held_out_documents_are_never_trained_on(documents: Path, tmp_path: Path) -> None:
+    trainer = tiny_stage2_trainer(tmp_path, documents, data={"epochs": 1, "min_tokens": 2})
+    tokenizer = tiny_tokenizer()
+    texts = [json.loads(line)["text"] for line in (documents / "held_out.jsonl").read_text().splitlines()]
+    seen = "".join(tokenizer.decode(piece) for piece in trainer._batches())
+    assert all(text[-20:] not in seen for text in texts) and "Chapter 3." in seen
+
+
+@pytest.mark.parametrize("start", [0, 5])
+@pytest.mark.parametrize("stride", [1, 3])
+def test_pieces_depend_on_their_number_alone(start: int, stride: int, documents: Path) -> None:
+    config, tokenizer = tiny_stage2_recipe({"epochs": 2}).data, tiny_tokenizer()
+    whole = list(PieceStream(config, tokenizer, documents))
+    part = list(PieceStream(config, tokenizer, documents, start, stride))
+    assert len(part) == len(whole[start::stride])
+    assert all(torch.equal(a, b) for a, b in zip(part, whole[start::stride], strict=True))
+    assert all(config.min_tokens <= len(piece) <= config.max_tokens for piece in whole)
+    texts = [json.loads(line)["text"] for line in (documents / "books.jsonl").read_text().splitlines()]
+    assert all(any(tokenizer.decode(piece) in text for text in texts) for piece in whole)
+
+
+@pytest.mark.parametrize(
+    ("data", "changes", "said"),
+    [
+        ({"path": ""}, {}, "either a path or a hub"),
+        ({"min_tokens": 999}, {}, "min_tokens=999 exceeds"),
+        ({}, {"attention": "dense"}, "attention='dense'"),
+        ({}, {"lr": 2.0}, "lr must lie"),
+        ({}, {"bits": 4}, "bits=4"),
+        ({}, {"kv_budget": 20}, "kv_budget=20 is under 3 pages"),
+        ({}, {"num_workers": 3}, "num_workers must be 0 or 1"),
+    ],
+)
+def test_unusable_recipes_are_refused(data: dict[str, Any], changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        tiny_stage2_recipe(data, **changes)
+
+
+def test_unusable_runs_are_refused(documents: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="The documents end at step"):
+        tiny_stage2_trainer(tmp_path / "a", documents, data={"epochs": 1}, num_steps=500).run()
+    with pytest.raises(UserError, match="exceeds the model's window of 1024"):
+        tiny_stage2_trainer(tmp_path / "b", documents, data={"max_tokens": 2000}, attention="full")
+    with pytest.raises(UserError, match="No document has 190 tokens"):
+        (tmp_path / "books.jsonl").write_text('{"text": "Too short."}\n')
+        tiny_stage2_trainer(tmp_path / "c", tmp_path, data={"min_tokens": 190, "dev_path": ""}).run()
+    assert not tiny_stage2_trainer(tmp_path / "d", documents).run(stop_after_s=1e-9)
+    with pytest.raises(UserError, match=r"data.max_tokens was 190 and is now 180"):
+        tiny_stage2_trainer(tmp_path / "d", documents, data={"max_tokens": 180}).run(resume=True)
+    with pytest.raises(UserError, match=r"backbone\.norm_digest"):
+        tiny_stage2_trainer(tmp_path / "d", documents, tiny_stage2_backbone(seed=1)).run(resume=True)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(__file__).parent.parent.glob("configs/stage2/*.toml")), ids=lambda p: p.name
+)
+def test_shipped_recipes_can_be_read(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert isinstance(recipe.train, Stage2TrainConfig) and recipe.data.dev_path
+    assert recipe.train.engine_config() == RetroConfig(causal_selection=recipe.train.causal_selection)
