@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from cli_runner import Desk, Outcome, run_cli
-from retrolm.cli.train import parse_overrides, row_text
+from retrolm.cli.train import parse_overrides
+from retrolm.cli.train_view import row_text
 from retrolm.engine.model import RetroLM
 from retrolm.errors import UserError
 from stage1_pool_maker import write_corpus

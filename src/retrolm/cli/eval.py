@@ -19,6 +19,7 @@ from .eval_answerer import (
     open_answerer,
 )
 from .eval_attention import attention
+from .eval_loss import loss
 from .eval_options import AdapterOption, BackboneOptions, SetOption, SetOptions, split_knobs
 from .eval_retrieval import retrieval
 from .eval_score import score
@@ -98,5 +99,6 @@ def evaluate(
 
 
 command.command("attention")(attention)
+command.command("loss")(loss)
 command.command("retrieval")(retrieval)
 command.command("score")(score)

@@ -38,6 +38,7 @@ def load_engine(options: EngineOptions) -> RetroLM:
         return RetroLM.from_pretrained(
             options.model,
             retriever=retriever,
+            adapter=None if options.adapter == "none" else options.adapter,
             method=options.method,
             dtype=options.dtype,
             **asdict(options.config()),

@@ -1,66 +1,106 @@
-"""`retrolm train`: train a page retriever. Run it by itself, or under `accelerate launch` on several GPUs."""
+"""`retrolm train`: a page retriever (stage 1), a backbone on sparse KV (stage 2). Run it by itself, or under `accelerate launch` on several GPUs."""
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..errors import UserError
 from .data import prepare
-from .screen import ERR, count, note, seconds, size, waiting
+from .screen import waiting
+from .train_view import report, training_progress
 
-command = typer.Typer(help="Train a page retriever.")
+command = typer.Typer(help="Train a page retriever, or the backbone on sparse KV.")
+
+
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="Recipe (TOML) with [data] and [train] tables.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out, if any.")]
+SettingsOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Replace a key of the [train] table, as key=value; may be repeated.",
+                 show_default=False),
+]  # fmt: skip
+StopOption = Annotated[
+    float | None, typer.Option("--stop-after", help="Stop after so many seconds, to be resumed.", show_default=False)
+]
+TrackerOption = Annotated[
+    list[str] | None,
+    typer.Option("--tracker", help="Also log to a tracker: tensorboard, wandb, …; may be repeated.",
+                 show_default=False),
+]  # fmt: skip
 
 
 @command.callback()
 def _group() -> None:
-    """Train a page retriever."""
+    """Train a page retriever (stage 1), or the backbone on sparse KV (stage 2)."""
 
 
 @command.command("stage1")
 def stage1(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Recipe (TOML) with [data] and [train] tables.")],
+    config: ConfigArgument,
     pool: Annotated[Path, typer.Option("--pool", help="Folder written by `retrolm data stage1`.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for checkpoint, log and retriever.")],
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out, if any.")] = False,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Replace a key of the [train] table, as key=value; may be repeated.",
-                     show_default=False),
-    ] = None,
-    stop_after: Annotated[
-        float | None,
-        typer.Option("--stop-after", help="Stop after so many seconds, to be resumed.", show_default=False),
-    ] = None,
+    resume: ResumeOption = False,
+    settings: SettingsOption = None,
+    stop_after: StopOption = None,
     data_root: Annotated[
         Path | None,
         typer.Option("--data-root", help="Prepare --pool from this folder first, if it isn't there.",
                      show_default=False),
     ] = None,
-    trackers: Annotated[
-        list[str] | None,
-        typer.Option("--tracker", help="Also log to a tracker: tensorboard, wandb, …; may be repeated.",
-                     show_default=False),
-    ] = None,
+    trackers: TrackerOption = None,
 ) -> None:  # fmt: skip
     """Train a page retriever on a frozen backbone (stage 1), with checkpoints."""
     from ..training.stage1.config import load_recipe
 
     recipe = load_recipe(config, parse_overrides(settings or ()))
+    _check_stop(stop_after)
+    trainer = _stage1_trainer(recipe, pool, out, data_root, trackers or ())
+    complete = _run(trainer, recipe.train.num_steps, resume, stop_after)
+    if trainer.accelerator.is_main_process:
+        report(trainer, complete, "Retriever", trainer.retriever_folder)
+    trainer.close()
+
+
+@command.command("stage2")
+def stage2(
+    config: ConfigArgument,
+    data_root: Annotated[Path, typer.Option("--data-root", help="Folder that the recipe's paths are relative to.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for checkpoint, log and what is trained.")],
+    resume: ResumeOption = False,
+    settings: SettingsOption = None,
+    stop_after: StopOption = None,
+    trackers: TrackerOption = None,
+) -> None:
+    """Train a backbone on sparse KV by language modelling on long documents (stage 2), with checkpoints.
+
+    The result is a LoRA adapter (`--adapter` of the other commands), or a model with its retriever.
+    """
+    from ..training.stage2.config import load_recipe
+
+    recipe = load_recipe(config, parse_overrides(settings or ()))
+    _check_stop(stop_after)
+    trainer = _stage2_trainer(recipe, data_root, out, trackers or ())
+    complete = _run(trainer, recipe.train.num_steps, resume, stop_after)
+    if trainer.accelerator.is_main_process:
+        what = "Adapter" if trainer.step_module.adapter is not None else "Model"
+        report(trainer, complete, what, trainer.artefact_folder)
+    trainer.close()
+
+
+def _check_stop(stop_after: float | None) -> None:
     if stop_after is not None and not stop_after > 0:
         raise UserError(f"--stop-after must be a positive number of seconds, got {stop_after}.")
-    trainer = _load_trainer(recipe, pool, out, data_root, trackers or ())
-    with _progress(recipe.train.num_steps, trainer.accelerator.is_main_process) as trainer.on_row:
-        complete = trainer.run(resume, stop_after)
-    if trainer.accelerator.is_main_process:
-        _report(trainer, complete)
-    trainer.close()
+
+
+def _run(trainer: Any, num_steps: int, resume: bool, stop_after: float | None) -> bool:
+    with training_progress(num_steps, trainer.accelerator.is_main_process) as trainer.on_row:
+        complete: bool = trainer.run(resume, stop_after)
+    return complete
 
 
 def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
@@ -84,7 +124,7 @@ def _toml_value(text: str) -> Any:
         return text
 
 
-def _load_trainer(recipe: Any, pool: Path, out: Path, data_root: Path | None, trackers: Sequence[str]) -> Any:
+def _stage1_trainer(recipe: Any, pool: Path, out: Path, data_root: Path | None, trackers: Sequence[str]) -> Any:
     with waiting(f"Loading {recipe.train.model} …"):
         from accelerate import PartialState
 
@@ -99,47 +139,11 @@ def _load_trainer(recipe: Any, pool: Path, out: Path, data_root: Path | None, tr
         return Stage1Trainer(recipe, load_backbone(recipe), pool, out, trackers=trackers)
 
 
-@contextmanager
-def _progress(num_steps: int, shown: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Show a bar on a terminal, a line per row elsewhere, nothing on other processes; yields what takes the rows."""
-    if not shown or not ERR.is_terminal:
-        yield (lambda row: note(row_text(row))) if shown else (lambda row: None)
-        return
-    columns = (TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.description}"), console=ERR) as progress:
-        task = progress.add_task("", total=num_steps)
+def _stage2_trainer(recipe: Any, data_root: Path, out: Path, trackers: Sequence[str]) -> Any:
+    with waiting(f"Loading {recipe.train.model} …"):
+        from ..engine.quiet import silence_libraries
+        from ..training.stage2.backbone import load_backbone
+        from ..training.stage2.trainer import Stage2Trainer
 
-        def update(row: dict[str, Any]) -> None:
-            if "dev_recall" in row:
-                progress.console.print(row_text(row), style="dim")
-            else:
-                progress.update(task, completed=row["step"], description=_figures(row))
-
-        yield update
-
-
-def row_text(row: dict[str, Any]) -> str:
-    """One line for a row of the log."""
-    if "dev_recall" in row:
-        found = row["dev_recall"]
-        return f"step {row['step']}: dev recall@8 {_share(found['mean'])} (best layer {_share(found['best'])})"
-    return f"step {row['step']}: {_figures(row)}"
-
-
-def _figures(row: dict[str, Any]) -> str:
-    parts = [f"loss {row['loss']:.3f}", f"recall@8 {_share(row['recall8'])}", f"{count(row['tokens_per_s'])} tokens/s"]
-    if row["peak_device_bytes"]:
-        parts.append(f"peak {size(row['peak_device_bytes'])}")
-    return " · ".join(parts)
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _report(trainer: Any, complete: bool) -> None:
-    done = f"{count(trainer.step)} steps, {count(trainer.tokens)} tokens, {seconds(trainer.seconds)}"
-    if complete:
-        print(f"Trained: {done}. Retriever: {trainer.retriever_folder}")
-    else:
-        print(f"Stopped at {done}. Go on with --resume.")
+        silence_libraries()
+        return Stage2Trainer(recipe, load_backbone(recipe), data_root, out, trackers=trackers)

@@ -1,0 +1,64 @@
+"""What a training run shows: a bar on a terminal, lines elsewhere, a last word."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .screen import ERR, count, note, seconds, size
+
+
+@contextmanager
+def training_progress(num_steps: int, shown: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Show a bar on a terminal, a line per row elsewhere, nothing on other processes; yields what takes the rows."""
+    if not shown or not ERR.is_terminal:
+        yield (lambda row: note(row_text(row))) if shown else (lambda row: None)
+        return
+    columns = (TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.description}"), console=ERR) as progress:
+        task = progress.add_task("", total=num_steps)
+
+        def update(row: dict[str, Any]) -> None:
+            if "loss" in row:
+                progress.update(task, completed=row["step"], description=_figures(row))
+            else:
+                progress.console.print(row_text(row), style="dim")
+
+        yield update
+
+
+def row_text(row: dict[str, Any]) -> str:
+    """One line for a row of the log."""
+    if "dev_recall" in row:
+        found = row["dev_recall"]
+        return f"step {row['step']}: dev recall@8 {_share(found['mean'])} (best layer {_share(found['best'])})"
+    if "dev_loss" in row:
+        return f"step {row['step']}: held-out loss {'-' if row['dev_loss'] is None else format(row['dev_loss'], '.4f')}"
+    return f"step {row['step']}: {_figures(row)}"
+
+
+def report(trainer: Any, complete: bool, what: str, folder: Path) -> None:
+    """Say how far a run came and where `what` lies."""
+    done = f"{count(trainer.step)} steps, {count(trainer.tokens)} tokens, {seconds(trainer.seconds)}"
+    if complete:
+        print(f"Trained: {done}. {what}: {folder}")
+    else:
+        print(f"Stopped at {done}. Go on with --resume.")
+
+
+def _figures(row: dict[str, Any]) -> str:
+    parts = [f"loss {row['loss']:.3f}"]
+    if "recall8" in row:
+        parts.append(f"recall@8 {_share(row['recall8'])}")
+    parts.append(f"{count(row['tokens_per_s'])} tokens/s")
+    if row["peak_device_bytes"]:
+        parts.append(f"peak {size(row['peak_device_bytes'])}")
+    return " · ".join(parts)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
