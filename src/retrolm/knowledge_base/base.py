@@ -144,21 +144,24 @@ class KnowledgeBase:
 
     def add(
         self,
-        source: str | Path | Iterable[str | Path],
+        source: str | Path | Source | Iterable[str | Path | Source],
         *,
         name: str | None = None,
         metadata: dict[str, Any] | None = None,
         progress: Progress | None = None,
         wait_s: float = 0.0,
+        host_kv_bytes: int | None = None,
     ) -> list[Added]:
         """Read texts and keep them. Each becomes visible, whole, when it is done.
 
         A text whose name is in the base takes the place of the earlier one, read only from the first changed page on.
 
         Args:
-            source: a text; a `pathlib.Path` to a file or folder; or a list of these.
+            source: a text; a `pathlib.Path` to a file or folder; a `Source`; or a list of these.
             name: the document's name, for a single text or file; by default the path, or part of the text's digest.
             metadata: fields to filter by, JSON types. wait_s: how long to wait for another writer.
+            host_kv_bytes: cap on KV kept in host memory while reading; the rest lies in a file in the base's folder.
+                None = as the engine is set up.
 
         Returns:
             What became of each text, in order.
@@ -168,6 +171,8 @@ class KnowledgeBase:
         """
         found = _sources(source, name)
         lm = self.lm
+        if host_kv_bytes is not None:
+            lm.use_disk_tier(self.folder, host_kv_bytes)
         added = []
         with Writer(self.folder, wait_s) as writer:
             for one in found:
@@ -297,9 +302,14 @@ class KnowledgeBase:
         raw: bool = False,
         first_layer: FirstLayer = "mean_key",
     ) -> tuple[Passage, ...]:
-        """The passages that a question retrieves, best first, without an answer."""
+        """The `top_k` best passages for a question, without an answer.
+
+        First those that layers choose within the budget; further ones, with score 0, by their mean rank.
+        """
+        from .ranking import best_pages
+
         document = self.select(documents, where=where, first_layer=first_layer)
-        return passages(document, document.retrieve(question, raw=raw).pages[:top_k])
+        return passages(document, best_pages(document, document.retrieve(question, raw=raw), top_k))
 
     def _restored(self, entries: Sequence[DocumentEntry], first_layer: FirstLayer) -> KeptDocument:
         from .restore import compose, restore
@@ -327,17 +337,24 @@ def _bytes_read(document: KeptDocument) -> int:
     return store.bytes_read
 
 
-def _sources(source: str | Path | Iterable[str | Path], name: str | None) -> Iterable[Source]:
+def _sources(given: str | Path | Source | Iterable[str | Path | Source], name: str | None) -> Iterable[Source]:
     """Each text, read when its turn comes."""
-    from .sources import file_source, files_in, text_source
+    from .sources import Source, files_in
 
-    given = [source] if isinstance(source, (str, Path)) else list(source)
-    paths: list[str | Path] = []
-    for one in given:
-        paths += files_in([one]) if isinstance(one, Path) else [one]
-    if name is not None and len(paths) != 1:
-        raise UserError(f"One name can't stand for {len(paths)} texts. Add them one by one, or leave it out.")
-    return (
-        file_source(one, name) if isinstance(one, Path) else text_source(one, name or f"text {text_sha256(one)[:8]}")
-        for one in paths
-    )
+    listed = [given] if isinstance(given, (str, Path, Source)) else list(given)
+    found: list[str | Path | Source] = []
+    for one in listed:
+        found += files_in([one]) if isinstance(one, Path) else [one]
+    if name is not None and len(found) != 1:
+        raise UserError(f"One name can't stand for {len(found)} texts. Add them one by one, or leave it out.")
+    return (_source(one, name) for one in found)
+
+
+def _source(given: str | Path | Source, name: str | None) -> Source:
+    from .sources import file_source, text_source
+
+    if isinstance(given, Path):
+        return file_source(given, name)
+    if isinstance(given, str):
+        return text_source(given, name or f"text {text_sha256(given)[:8]}")
+    return given if name is None else dataclasses.replace(given, name=name)

@@ -7,6 +7,7 @@ Where locks can't be taken (a read-only disk, a system without flock) a base is 
 from __future__ import annotations
 
 import os
+import weakref
 from pathlib import Path
 
 try:
@@ -21,12 +22,13 @@ class Lease:
     """One reader's hold on one generation."""
 
     def __init__(self, base: Path, generation: int) -> None:
-        self._descriptor = _locked(base / READERS_FOLDER / str(generation), shared=True)
+        descriptor = _locked(base / READERS_FOLDER / str(generation), shared=True)
+        self._close = None if descriptor is None else weakref.finalize(self, os.close, descriptor)
 
     def release(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-        self._descriptor = None
+        """Let go; done as well when the lease is no longer referred to."""
+        if self._close is not None:
+            self._close()
 
 
 def oldest_read(base: Path, current: int) -> int:
