@@ -16,6 +16,7 @@ from .boundary import CONTEXT, DEBUG_FLAG, guard, run_guarded
 COMMANDS = {
     "ask": ("ask", "Ask questions about a text file"),
     "chat": ("chat", "Talk about a text file in the terminal"),
+    "kb": ("kb", "Knowledge bases: read texts once, keep them on disk, ask any time"),
     "plan": ("plan", "Say what reading a file will take: tokens, pages, time, memory"),
     "demo": ("demo", "Read the example book and ask it questions whose answers are known"),
     "pull": ("pull", "Fetch a demo model"),
