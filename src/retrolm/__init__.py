@@ -49,7 +49,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    found = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    if name == "RetroLM":
+        import_module(".rag", __name__)  # files the RAG pipelines beside the other methods
+    return found
 
 
 def __dir__() -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -132,36 +131,3 @@ def parse_task_options(pairs: list[str]) -> dict[str, Any]:
             raise UserError(f"--task-option needs key=value, got {pair!r}. For example: --task-option essays=books")
         found[key] = {"true": True, "false": False}.get(value, value)
     return found
-
-
-def split_knobs(pairs: list[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
-    """Part settings of the engine (key=value) from knobs of methods (METHOD.knob=value).
-
-    Returns:
-        The former as they are, and the latter as {method: {knob: value}}, with values as TOML reads them.
-
-    Raises `UserError` for an unknown method or a knob given twice.
-    """
-    from ..methods import METHODS
-
-    plain: list[str] = []
-    knobs: dict[str, dict[str, Any]] = {}
-    for pair in pairs:
-        key, _, value = pair.partition("=")
-        method, dot, knob = key.strip().partition(".")
-        if not dot:
-            plain.append(pair)
-            continue
-        METHODS.get(method)
-        if knob in knobs.setdefault(method, {}):
-            raise UserError(f"--set {key} is given twice. Give it once.")
-        knobs[method][knob] = toml_value(value.strip())
-    return plain, knobs
-
-
-def toml_value(text: str) -> Any:
-    """A value as TOML reads it, none as None; what is no TOML value is text."""
-    try:
-        return None if text.lower() == "none" else tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, KeyError):
-        return text

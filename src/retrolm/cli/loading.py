@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from .known_methods import known_methods
 from .options import EngineOptions
 from .screen import progress_bar, snippet, waiting
 
@@ -34,15 +35,31 @@ def load_engine(options: EngineOptions) -> RetroLM:
         from ..engine.quiet import silence_libraries
 
         silence_libraries()
+        known_methods()
         retriever = None if options.retriever == "none" else options.retriever
         return RetroLM.from_pretrained(
             options.model,
             retriever=retriever,
             adapter=None if options.adapter == "none" else options.adapter,
             method=options.method,
+            method_options=options.method_options(),
             dtype=options.dtype,
             **asdict(options.config()),
         )
+
+
+def require_pages(options: EngineOptions, command: str) -> None:
+    """Raise `UserError` for a method that has no pages, in a command that works on them."""
+    methods = known_methods()
+    if methods.get(options.method).kind != "pages":
+        pages = [name for name in methods if methods.get(name).kind == "pages"]
+        raise UserError(
+            f"`retrolm {command}` works on pages; --method {options.method} has none. Use {_either(pages)}."
+        )
+
+
+def _either(names: list[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def check_questions(lm: RetroLM, text: str, questions: list[str]) -> None:

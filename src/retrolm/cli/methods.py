@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from .known_methods import known_methods
 from .options import JsonFlag
 from .screen import print_json, show_table
 
 
 def command(as_json: JsonFlag = False) -> None:
     """List the methods that --method takes, with what their budget is spent on and what they keep in memory."""
-    from ..methods import METHODS
-
-    found = [METHODS.get(name).describe() for name in METHODS]
+    methods = known_methods()
+    found = [methods.get(name).describe() for name in methods]
     if as_json:
         print_json(found)
         return
