@@ -41,6 +41,8 @@ class RetroConfig:
         device_kv_bytes: cap on the KV bytes kept on the device; `None` keeps all pages there. Pages beyond it stay
             in host memory and are fetched when selected.
         store_dtype: dtype of stored pages ("float32", "bfloat16", "float16"); `None` = the model's dtype.
+        store_bits: 16 = stored as they are; 8 or 4 = quantised once, when a page is finished, in every tier: keys per
+            channel of a page, values per token.
     """
 
     kv_budget: int = 2048
@@ -58,6 +60,7 @@ class RetroConfig:
     prefix_page: bool = True
     device_kv_bytes: int | None = None
     store_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    store_bits: Literal[16, 8, 4] = 16
 
     def __post_init__(self) -> None:
         check_choices(self)

@@ -34,7 +34,7 @@ def _parse(key: str, text: str, hint: Any) -> Any:
         return None
     if bool in kinds:
         return _boolean(key, text)
-    if int in kinds:
+    if int in kinds or any(type(kind) is int for kind in kinds):  # a number, or one of some numbers
         return _whole(key, text)
     return text
 

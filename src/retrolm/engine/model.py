@@ -38,7 +38,7 @@ from .results import Answer, Retrieval
 from .shipped import find_shipped, resolve_retriever
 from .text_files import read_text_file
 
-_SPARE_PAGES = 8
+SPARE_PAGES = 8
 _STORE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -286,7 +286,8 @@ class RetroLM:
         backbone, config = self.backbone, self.config
         dtype = _STORE_DTYPES[config.store_dtype] if config.store_dtype else backbone.dtype
         devices = tuple(info.device for info in backbone.layers)
-        return PageLayout(config.page_size, backbone.num_kv_heads, backbone.head_dim, dtype, devices)
+        shape = (config.page_size, backbone.num_kv_heads, backbone.head_dim)
+        return PageLayout(*shape, dtype, devices, config.store_bits)
 
     def use_disk_tier(self, folder: str | Path, host_kv_bytes: int) -> None:
         """Keep at most `host_kv_bytes` of KV in host memory from now on; the rest lies in a file in `folder`.
@@ -307,7 +308,7 @@ class RetroLM:
             store = ResidentStore(layout)
         else:
             store = TieredStore(layout, config.device_kv_bytes, least)
-        store.release(store.reserve(num_pages + _SPARE_PAGES))
+        store.release(store.reserve(num_pages + SPARE_PAGES))
         return store
 
     def encoder_over(self, store: PageStore, **parts: Any) -> Encoder:

@@ -18,7 +18,7 @@ from ..store.layout import StoreBytes
 from .chunk import Chunk, text_group
 from .document import Document
 from .memory import PeakMemory, tensor_bytes
-from .model import RetroLM
+from .model import SPARE_PAGES, RetroLM
 
 _TIMED_TOKENS = 4
 
@@ -160,4 +160,5 @@ def _kv_bytes(layout: PageLayout, num_pages: int, device_kv_bytes: int | None) -
     per_page = layout.page_bytes * layout.num_layers
     if device_kv_bytes is None:
         return StoreBytes(device=num_pages * per_page, host=0)
-    return StoreBytes(device=device_kv_bytes // per_page * per_page, host=num_pages * per_page)
+    slots = min(device_kv_bytes // per_page, num_pages + SPARE_PAGES)
+    return StoreBytes(device=slots * per_page, host=num_pages * per_page)

@@ -2,8 +2,8 @@
 
 from .digests import DigestIndex
 from .disk import DiskStore
-from .layout import PageLayout, PageStore
+from .layout import PageLayout, PageStore, StoreStats
 from .resident import ResidentStore
 from .tiered import TieredStore
 
-__all__ = ["DigestIndex", "DiskStore", "PageLayout", "PageStore", "ResidentStore", "TieredStore"]
+__all__ = ["DigestIndex", "DiskStore", "PageLayout", "PageStore", "ResidentStore", "StoreStats", "TieredStore"]

@@ -28,14 +28,14 @@ class SpillFile:
         self._layout = layout
 
     def write(self, layer: int, page: int, record: Tensor) -> None:
-        """Write the record of one page, [2, W, K, D] (keys, values); raises `OSError` if the disk is full."""
+        """Write the record of one page, [2, *stored_shape]; raises `OSError` if the disk is full."""
         view, at = _bytes_of(record), self._place(layer, page)
         while len(view):
             count = os.pwrite(self._descriptor, view, at)
             view, at = view[count:], at + count
 
     def read(self, layer: int, page: int, record: Tensor) -> None:
-        """Fill `record` [2, W, K, D] with what was written."""
+        """Fill `record` [2, *stored_shape] with what was written."""
         view, at = _bytes_of(record), self._place(layer, page)
         while len(view):
             count = os.preadv(self._descriptor, [view], at)
@@ -62,14 +62,14 @@ class FileSlabs:
         self.capacity += num_pages
 
     def write(self, ids: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Store `keys` and `values` [N, W, K, D] as pages `ids` [N]."""
-        records = torch.stack([keys, values], 1).to(self._layout.dtype).contiguous()
+        """Store `keys` and `values` [N, *stored_shape] as pages `ids` [N]."""
+        records = torch.stack([keys, values], 1).contiguous()
         for page, record in zip(ids.tolist(), records, strict=True):
             self._file.write(self._layer, page, record)
 
     def read(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values [N, W, K, D] of pages `ids` [N]."""
-        records = torch.zeros(len(ids), 2, *self._layout.page_shape, dtype=self._layout.dtype)
+        """Return keys and values [N, *stored_shape] of pages `ids` [N]."""
+        records = torch.zeros(len(ids), 2, *self._layout.stored_shape, dtype=self._layout.stored_dtype)
         for page, record in zip(ids.tolist(), records, strict=True):
             self._file.read(self._layer, page, record)
         return records[:, 0], records[:, 1]
@@ -91,12 +91,12 @@ class CachedSlabs:
         self._cache.grow(num_pages)
 
     def write(self, ids: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Store `keys` and `values` [N, W, K, D] as pages `ids` [N]."""
+        """Store `keys` and `values` [N, *stored_shape] as pages `ids` [N]."""
         self._below.write(ids, keys, values)
         self._cache.insert(ids, keys, values)
 
     def read(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values [N, W, K, D] of pages `ids` [N]."""
+        """Return keys and values [N, *stored_shape] of pages `ids` [N]."""
         return self._cache.read(ids, self._below)
 
     def bytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .quantise import dequantise, quantise, record_bytes
+
 
 @dataclass(frozen=True)
 class PageLayout:
@@ -17,7 +20,9 @@ class PageLayout:
 
     Attributes:
         devices: compute device of each layer.
-        dtype: dtype of stored numbers; a page is rounded to it once, when written.
+        dtype: dtype of the numbers that are read; a page is rounded to it once, when written.
+        bits: 16 = numbers are stored in `dtype` as they are; 8 or 4 = as whole numbers of so many bits with scales
+            beside them (`quantise`), made once, when written.
     """
 
     page_size: int
@@ -25,6 +30,7 @@ class PageLayout:
     head_dim: int
     dtype: torch.dtype
     devices: tuple[torch.device, ...]
+    bits: int = 16
 
     @property
     def num_layers(self) -> int:
@@ -35,9 +41,18 @@ class PageLayout:
         return (self.page_size, self.num_kv_heads, self.head_dim)
 
     @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of each of the two halves of a stored page: keys and values, or half a quantised record."""
+        return self.page_shape if self.bits == 16 else (record_bytes(self.page_shape, self.bits) // 2,)
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        return self.dtype if self.bits == 16 else torch.uint8
+
+    @property
     def page_bytes(self) -> int:
         """Bytes of one page in one layer."""
-        return 2 * self.page_size * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        return 2 * math.prod(self.stored_shape) * self.stored_dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -47,6 +62,29 @@ class StoreBytes:
     device: int
     host: int
     disk: int = 0
+
+
+@dataclass(frozen=True)
+class StoreStats:
+    """What has moved between tiers since the store was made.
+
+    Attributes:
+        pages_read: different pages that reads asked for, summed over reads. pages_missed: those of them that were
+            not on the device. pages_fetched: pages copied to the device, prefetched ones included.
+        bytes_to_device, bytes_to_host: what that moved. pin_s: seconds it took to pin host memory.
+    """
+
+    pages_read: int = 0
+    pages_missed: int = 0
+    pages_fetched: int = 0
+    bytes_to_device: int = 0
+    bytes_to_host: int = 0
+    pin_s: float = 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of page reads that found their page on the device."""
+        return 1.0 - self.pages_missed / max(self.pages_read, 1)
 
 
 class PageStore(ABC):
@@ -88,13 +126,31 @@ class PageStore(ABC):
     def _grow(self, num_pages: int) -> None:
         """Make room for `num_pages` more pages behind the present capacity."""
 
-    @abstractmethod
     def write(self, layer: int, ids: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store pages: `ids` int64 [N], `keys` and `values` [N, W, K, D] on the layer's device."""
+        layout = self.layout
+        if layout.bits == 16:
+            self._write(layer, ids, keys.to(layout.dtype), values.to(layout.dtype))
+        else:
+            self._write(layer, ids, *quantise(keys.to(layout.dtype), values.to(layout.dtype), layout.bits))
 
-    @abstractmethod
     def read(self, layer: int, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values [N, W, K, D] of pages `ids` (int64 [N], repeats allowed) on the layer's device."""
+        halves = self._read(layer, ids)
+        layout = self.layout
+        return halves if layout.bits == 16 else dequantise(*halves, layout.page_shape, layout.bits, layout.dtype)
+
+    def stored(self, layer: int, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The two halves of pages as they are stored, [N, *stored_shape] each: keys and values, or quantised."""
+        return self._read(layer, ids)
+
+    @abstractmethod
+    def _write(self, layer: int, ids: Tensor, first: Tensor, second: Tensor) -> None:
+        """Keep the two halves of stored pages, [N, *stored_shape] each."""
+
+    @abstractmethod
+    def _read(self, layer: int, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the two halves of stored pages, [N, *stored_shape] each, on the layer's device."""
 
     @abstractmethod
     def prefetch(self, layer: int, ids: Tensor) -> None:
@@ -104,10 +160,15 @@ class PageStore(ABC):
     def bytes(self) -> StoreBytes:
         """Bytes held now."""
 
+    def stats(self) -> StoreStats:
+        """What has moved so far; nothing where all pages stay on the device."""
+        return StoreStats()
+
 
 class Slabs:
-    """Pages of one layer in a few large blocks, so that growing never copies what is there.
+    """Stored pages of one layer in a few large blocks, so that growing never copies what is there.
 
+    A page is two tensors of `stored_shape`, called keys and values here (a quantised page's are halves of a record).
     Memory is taken from the operating system as pages are written, not when a slab is made.
     """
 
@@ -118,33 +179,38 @@ class Slabs:
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         self._first: list[int] = []
+        self._bounds = torch.empty(0, dtype=torch.int64)
+        self._bases = torch.empty(2, 0, dtype=torch.int64)
         self.capacity = 0
 
     def grow(self, num_pages: int) -> None:
         """Add a slab of `num_pages` pages."""
-        shape = (num_pages, *self._layout.page_shape)
+        shape = (num_pages, *self._layout.stored_shape)
         for slabs in (self._keys, self._values):
-            slabs.append(torch.empty(shape, dtype=self._layout.dtype, device=self._device, pin_memory=self._pin))
+            slabs.append(torch.empty(shape, dtype=self._layout.stored_dtype, device=self._device, pin_memory=self._pin))
         self._first.append(self.capacity)
+        self._bounds = torch.tensor(self._first[1:], dtype=torch.int64)
+        base = torch.tensor([[self._keys[-1].data_ptr()], [self._values[-1].data_ptr()]])
+        self._bases = torch.cat([self._bases, base], 1)
         self.capacity += num_pages
 
     def write(self, ids: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Store `keys` and `values` [N, W, K, D] as pages `ids` [N]."""
+        """Store `keys` and `values` [N, *stored_shape] as pages `ids` [N]."""
         for index, inside in self._parts(ids):
             where = slice(None) if inside is None else inside
             local = (ids[where] - self._first[index]).to(self._device, non_blocking=True)
-            self._keys[index].index_copy_(0, local, keys[where].to(self._layout.dtype))
-            self._values[index].index_copy_(0, local, values[where].to(self._layout.dtype))
+            self._keys[index].index_copy_(0, local, keys[where])
+            self._values[index].index_copy_(0, local, values[where])
 
     def read(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values [N, W, K, D] of pages `ids` [N]."""
+        """Return keys and values [N, *stored_shape] of pages `ids` [N]."""
         parts = self._parts(ids)
         if len(parts) == 1 and parts[0][1] is None:
             index = parts[0][0]
             local = (ids - self._first[index]).to(self._device)
             return self._keys[index].index_select(0, local), self._values[index].index_select(0, local)
-        shape = (len(ids), *self._layout.page_shape)
-        keys = torch.empty(shape, dtype=self._layout.dtype, device=self._device)
+        shape = (len(ids), *self._layout.stored_shape)
+        keys = torch.empty(shape, dtype=self._layout.stored_dtype, device=self._device)
         values = torch.empty_like(keys)
         for index, inside in parts:
             local = (ids[inside] - self._first[index]).to(self._device)
@@ -157,12 +223,17 @@ class Slabs:
         """Bytes reserved by all slabs."""
         return sum(slab.nbytes for slab in (*self._keys, *self._values))
 
+    def addresses(self, ids: Tensor) -> Tensor:
+        """Where pages `ids` (on the host) lie in memory, int64 [2, N]: addresses of keys and of values."""
+        slab_of = torch.bucketize(ids, self._bounds, right=True)
+        inside = ids - torch.tensor(self._first)[slab_of]
+        return self._bases[:, slab_of] + inside * (self._layout.page_bytes // 2)
+
     def _parts(self, ids: Tensor) -> list[tuple[int, Tensor | None]]:
         """Which slab holds which of `ids`: (slab, places in `ids`); places are None where one slab holds all."""
         if len(self._first) == 1:
             return [(0, None)]
-        bounds = torch.tensor(self._first[1:], device=ids.device)
-        slab_of = torch.bucketize(ids, bounds, right=True)
+        slab_of = torch.bucketize(ids, self._bounds.to(ids.device), right=True)
         used = slab_of.unique().tolist()
         if len(used) == 1:
             return [(used[0], None)]

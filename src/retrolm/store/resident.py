@@ -18,10 +18,10 @@ class ResidentStore(PageStore):
         for slabs in self._layers:
             slabs.grow(num_pages)
 
-    def write(self, layer: int, ids: Tensor, keys: Tensor, values: Tensor) -> None:
-        self._layers[layer].write(ids, keys, values)
+    def _write(self, layer: int, ids: Tensor, first: Tensor, second: Tensor) -> None:
+        self._layers[layer].write(ids, first, second)
 
-    def read(self, layer: int, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def _read(self, layer: int, ids: Tensor) -> tuple[Tensor, Tensor]:
         return self._layers[layer].read(ids)
 
     def prefetch(self, layer: int, ids: Tensor) -> None:

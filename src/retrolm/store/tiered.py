@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .layout import PageLayout, PageStore, Slabs, StoreBytes
+from .layout import PageLayout, PageStore, Slabs, StoreBytes, StoreStats
+from .pinned import PinnedSlabs
 
 _CPU = torch.device("cpu")
 
@@ -40,12 +41,13 @@ class TieredStore(PageStore):
     """Host tier for all pages, device tier for the pages used last.
 
     Pages are written to both tiers. A read copies the missing pages to the device and evicts those whose last use
-    lies furthest back. With CUDA the host tier is pinned and `prefetch` copies on a stream of its own.
+    lies furthest back. With CUDA the host tier is pinned, and pages go to it and come ahead of need (`prefetch`) on
+    streams of their own. The device tier takes no more room than there are pages.
 
     Args:
         device_bytes: cap on KV bytes on the device, over all layers.
         min_pages: pages per layer that one read needs at once; raises `UserError` if the cap is smaller.
-        host: the lower tier of each layer, if it isn't plain host memory.
+        host: the lower tier of each layer, if it isn't host memory.
     """
 
     def __init__(
@@ -53,21 +55,25 @@ class TieredStore(PageStore):
     ) -> None:
         super().__init__(layout)
         slots = slots_of("device_kv_bytes", layout, device_bytes, min_pages)
-        pin = any(device.type == "cuda" for device in layout.devices)
-        self._host = host or [Slabs(layout, _CPU, pin) for _ in layout.devices]
+        self._host: Sequence[HostPages] = host or [PinnedSlabs(layout, device) for device in layout.devices]
         self._cache = [LayerCache(layout, device, slots) for device in layout.devices]
+        self._num_written = 0
 
     def _grow(self, num_pages: int) -> None:
         for host, cache in zip(self._host, self._cache, strict=True):
             host.grow(num_pages)
             cache.grow(num_pages)
 
-    def write(self, layer: int, ids: Tensor, keys: Tensor, values: Tensor) -> None:
-        ids = ids.to(_CPU)
-        self._host[layer].write(ids, keys.to(_CPU), values.to(_CPU))
-        self._cache[layer].insert(ids, keys, values)
+    def _write(self, layer: int, ids: Tensor, first: Tensor, second: Tensor) -> None:
+        ids, host = ids.to(_CPU), self._host[layer]
+        if isinstance(host, PinnedSlabs):
+            host.write(ids, first, second)
+        else:
+            host.write(ids, first.to(_CPU), second.to(_CPU))
+        self._cache[layer].insert(ids, first, second)
+        self._num_written += len(ids)
 
-    def read(self, layer: int, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def _read(self, layer: int, ids: Tensor) -> tuple[Tensor, Tensor]:
         ids = ids.to(_CPU)
         return self._cache[layer].read(ids, self._host[layer])
 
@@ -78,30 +84,51 @@ class TieredStore(PageStore):
         host = self.num_used * self.layout.page_bytes * self.layout.num_layers
         return StoreBytes(device=sum(cache.slabs.bytes() for cache in self._cache), host=host)
 
+    def stats(self) -> StoreStats:
+        fetched = sum(cache.num_fetched for cache in self._cache)
+        return StoreStats(
+            pages_read=sum(cache.num_reads for cache in self._cache),
+            pages_missed=sum(cache.num_misses for cache in self._cache),
+            pages_fetched=fetched,
+            bytes_to_device=fetched * self.layout.page_bytes,
+            bytes_to_host=self._num_written * self.layout.page_bytes,
+            pin_s=sum(host.pin_s for host in self._host if isinstance(host, PinnedSlabs)),
+        )
+
     @property
     def hit_rate(self) -> float:
         """Share of page reads that found their page on the device."""
-        reads = sum(cache.num_reads for cache in self._cache)
-        return 1.0 - sum(cache.num_misses for cache in self._cache) / max(reads, 1)
+        return self.stats().hit_rate
 
 
 class LayerCache:
-    """The device tier of one layer: which page stands in which slot, and when it was last used."""
+    """The device tier of one layer: which page stands in which slot, and when it was last used.
+
+    Args:
+        slots: most pages it may hold.
+    """
 
     def __init__(self, layout: PageLayout, device: torch.device, slots: int) -> None:
         self.slabs = Slabs(layout, device)
-        self.slabs.grow(slots)
         self._device = device
-        self._page_in = torch.full((slots,), -1)
-        self._used = torch.zeros(slots, dtype=torch.int64)
+        self._most = slots
+        self._page_in = torch.empty(0, dtype=torch.int64)
+        self._used = torch.empty(0, dtype=torch.int64)
         self._slot_of = torch.empty(0, dtype=torch.int64)
         self._clock = 0
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._prefetched: torch.cuda.Event | None = None
         self.num_reads = 0
         self.num_misses = 0
+        self.num_fetched = 0
 
     def grow(self, num_pages: int) -> None:
         self._slot_of = torch.cat([self._slot_of, torch.full((num_pages,), -1)])
+        missing = min(self._most, len(self._slot_of)) - len(self._page_in)
+        if missing > 0:
+            self.slabs.grow(missing)
+            self._page_in = torch.cat([self._page_in, torch.full((missing,), -1)])
+            self._used = torch.cat([self._used, torch.zeros(missing, dtype=torch.int64)])
 
     def insert(self, ids: Tensor, keys: Tensor, values: Tensor) -> None:
         """Take over pages that were just written; what doesn't fit is only dropped from the cache."""
@@ -119,41 +146,48 @@ class LayerCache:
         unique = ids.unique()
         capacity = len(self._page_in)
         if len(unique) <= capacity:
-            self._load(unique, host)
+            self._wait_for_prefetch()
+            self.num_reads += len(unique)
+            self.num_misses += self._load(unique, host)
             return self.slabs.read(self._slot_of[ids])
         half = len(ids) // 2
         first, second = self.read(ids[:half], host), self.read(ids[half:], host)
         return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]])
 
     def prefetch(self, ids: Tensor, host: HostPages) -> None:
+        """Load pages on a stream of its own; only the next use of this layer waits for it."""
         if self._stream is None:
             return
         unique = ids.unique()[: len(self._page_in) // 2]
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
-            self._load(unique, host, count=False)
+            self._load(unique, host)
+            self._prefetched = self._stream.record_event()
 
-    def _load(self, unique: Tensor, host: HostPages, count: bool = True) -> None:
-        """Make sure the pages `unique` are in the cache."""
-        if count:
-            self._wait_for_prefetch()
+    def _load(self, unique: Tensor, host: HostPages) -> int:
+        """Make sure the pages `unique` are in the cache; returns how many were not."""
         self._clock += 1
         slots = self._slot_of[unique]
         missing = unique[slots < 0]
         self._used[slots[slots >= 0]] = self._clock
-        if count:
-            self.num_reads += len(unique)
-            self.num_misses += len(missing)
-        if len(missing) == 0:
+        if len(missing):
+            self.num_fetched += len(missing)
+            self._fetch(missing, host)
+        return len(missing)
+
+    def _fetch(self, missing: Tensor, host: HostPages) -> None:
+        if isinstance(host, PinnedSlabs):
+            host.load(missing, self.slabs, self._claim(missing))
             return
         keys, values = host.read(missing)
-        slots = self._claim(missing)
-        self.slabs.write(slots, keys.to(self._device, non_blocking=True), values.to(self._device, non_blocking=True))
+        keys, values = keys.to(self._device, non_blocking=True), values.to(self._device, non_blocking=True)
+        self.slabs.write(self._claim(missing), keys, values)
 
     def _wait_for_prefetch(self) -> None:
         """Slots that a prefetch is still filling may be read or given away only after it."""
-        if self._stream is not None:
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        if self._prefetched is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._prefetched)
+            self._prefetched = None
 
     def _claim(self, ids: Tensor) -> Tensor:
         """Give each page the slot whose page was used longest ago; returns the slots."""

@@ -1,0 +1,91 @@
+"""The host tier with CUDA: pinned slabs, written and read without the host waiting for the device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .fetch import WORD, copies, copy_records
+from .layout import PageLayout, Slabs
+
+_CPU = torch.device("cpu")
+# PyTorch rounds pinned blocks up to a power of two: a slab's keys, and its values, fill one as nearly as they can.
+SLAB_BYTES = 2**24
+
+
+class PinnedSlabs(Slabs):
+    """Pages of one layer in pinned host memory.
+
+    Pinning takes seconds per 10 GB; PyTorch keeps what is freed, so that later stores get it at once.
+
+    Args:
+        device: the GPU that pages come from and go to; on a CPU everything is a plain copy.
+
+    Attributes:
+        pin_s: seconds spent on pinning.
+    """
+
+    def __init__(self, layout: PageLayout, device: torch.device) -> None:
+        super().__init__(layout, _CPU, pin=device.type == "cuda")
+        self._compute = device
+        self._out = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._written: torch.cuda.Event | None = None
+        self.pin_s = 0.0
+
+    def grow(self, num_pages: int) -> None:
+        """Add slabs for `num_pages` pages."""
+        if self._out is None:
+            super().grow(num_pages)
+            return
+        most = max(1, SLAB_BYTES // (self._layout.page_bytes // 2))
+        started = time.perf_counter()
+        for first in range(0, num_pages, most):
+            super().grow(min(most, num_pages - first))
+        self.pin_s += time.perf_counter() - started
+
+    def write(self, ids: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Copy pages `ids` (on the host) from the device, behind what is computed there now."""
+        if self._out is None:
+            super().write(ids, keys, values)
+            return
+        keys, values = keys.contiguous(), values.contiguous()
+        self._out.wait_stream(torch.cuda.current_stream(self._compute))
+        with torch.cuda.stream(self._out):
+            for slab, place, where in self._runs(ids):
+                num = where.stop - where.start
+                self._keys[slab][place : place + num].copy_(keys[where], non_blocking=True)
+                self._values[slab][place : place + num].copy_(values[where], non_blocking=True)
+            self._written = self._out.record_event()
+        for half in (keys, values):
+            half.record_stream(self._out)
+
+    def read(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Pages `ids`, on the host."""
+        if self._written is not None:
+            self._written.synchronize()
+        return super().read(ids)
+
+    def load(self, ids: Tensor, into: Slabs, slots: Tensor) -> None:
+        """Copy pages `ids` to `slots` of a device's slabs (both on the host), on the current stream."""
+        half = self._layout.page_bytes // 2
+        if self._out is None or not copies() or half % WORD:
+            keys, values = self.read(ids)
+            into.write(slots, keys.to(self._compute), values.to(self._compute))
+            return
+        if self._written is not None:
+            torch.cuda.current_stream(self._compute).wait_event(self._written)
+        pairs = torch.stack([self.addresses(ids), into.addresses(slots)]).flatten(1).pin_memory()
+        sources, targets = pairs.to(self._compute, non_blocking=True)
+        copy_records(sources, targets, half)
+
+    def _runs(self, ids: Tensor) -> Iterator[tuple[int, int, slice]]:
+        """Runs of pages that lie behind each other in one slab: slab, first place in it, places in `ids`."""
+        slabs = torch.bucketize(ids, self._bounds, right=True)
+        breaks = (ids.diff() != 1) | (slabs.diff() != 0)
+        starts = [0, *(breaks.nonzero().flatten() + 1).tolist()]
+        for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
+            slab = int(slabs[start])
+            yield slab, int(ids[start]) - self._first[slab], slice(start, stop)
