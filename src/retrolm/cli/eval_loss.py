@@ -18,9 +18,7 @@ from .screen import note, print_json, show_table
 @with_options(backbone=BackboneOptions())
 def loss(
     backbone: BackboneOptions,
-    file: Annotated[
-        Path, typer.Argument(help="Held-out texts: JSON lines with a field 'text' (.gz, .zst), or a text.")
-    ],
+    file: Annotated[Path, typer.Argument(help='Held-out texts: JSON lines of {"text"} (.gz, .zst), or a text.')],
     method: Annotated[
         list[str], typer.Option("--method", help="full (dense attention) or a page method; may be repeated.")
     ] = ["retrolm", "full"],  # noqa: B006

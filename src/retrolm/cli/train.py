@@ -1,4 +1,7 @@
-"""`retrolm train`: a page retriever (stage 1), a backbone on sparse KV (stage 2). Run it by itself, or under `accelerate launch` on several GPUs."""
+"""`retrolm train`: a page retriever (stage 1), or a backbone on sparse KV (stage 2).
+
+Run it by itself, or under `accelerate launch` on several GPUs.
+"""
 
 from __future__ import annotations
 

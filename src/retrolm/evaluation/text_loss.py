@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -134,4 +135,4 @@ def _figures(losses: list[Tensor]) -> dict[str, Any]:
 def _stretches(mean_L: Tensor) -> dict[str, float]:
     """Mean loss of the tokens between two positions, by "first-last"."""
     bounds = [bound for bound in STRETCHES if bound < len(mean_L)] + [len(mean_L)]
-    return {f"{a}-{b}": float(mean_L[a:b].mean()) for a, b in zip(bounds, bounds[1:], strict=False)}
+    return {f"{a}-{b}": float(mean_L[a:b].mean()) for a, b in pairwise(bounds)}
