@@ -29,6 +29,7 @@ COMMANDS = {
     "bench": ("bench", "Time RetroLM against dense attention by the stock model"),
     "eval": ("eval", "Run benchmark tasks over methods, budgets and lengths"),
     "report": ("report", "Turn rows of `retrolm eval` into tables and plots"),
+    "reproduce": ("reproduce", "Run the small-model version of the paper's tables"),
     "doctor": ("doctor", "Check this installation"),
 }
 

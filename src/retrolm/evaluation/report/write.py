@@ -57,16 +57,17 @@ def write_results(results: Results, out: Path, title: str = "Results") -> list[P
 def to_markdown(tables: Sequence[Table], plots: Sequence[Plot], results: Results, title: str = "Results") -> str:
     """All tables, pictures by file name, and where the figures come from."""
     parts = [f"# {title}", *notes()]
-    parts += [_markdown_table(table) for table in tables]
+    parts += [f"## {table.title}\n\n{markdown_table(table)}" for table in tables]
     parts += [f"## {plot.title}\n\n![{plot.title}]({plot.name}.png)" for plot in plots]
     parts += ["## Where these figures come from\n\n" + "\n".join(f"- {fact}" for fact in provenance_lines(results))]
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_table(table: Table) -> str:
+def markdown_table(table: Table) -> str:
+    """A table in Markdown with its note below, without its title."""
     lines = [table.columns, ["---"] + ["---:"] * (len(table.columns) - 1), *table.rows]
     body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return f"## {table.title}\n\n{body}" + (f"\n\n{table.note}" if table.note else "")
+    return body + (f"\n\n{table.note}" if table.note else "")
 
 
 def to_csv(rows: Sequence[dict[str, Any]]) -> str:
