@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
+import torch
 from torch import Tensor
 
 from ..errors import RetroLMError, UserError
@@ -171,7 +172,7 @@ class PageMethod(Method, ABC):
 
 def valid_rows(pages: PageTensors) -> Tensor:
     """Which token rows exist, bool [N, W]."""
-    inside = pages.lengths.new_tensor(range(pages.k_NWKD.shape[1]))
+    inside = torch.arange(pages.k_NWKD.shape[1], device=pages.lengths.device)
     return inside < pages.lengths[:, None]
 
 

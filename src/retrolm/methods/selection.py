@@ -27,8 +27,7 @@ def choose_pages(
         Page indices, int64 [N, S], ascending, empty places -1 at the left. S is the largest set of any page.
     """
     device, P = scores_NP.device, scores_NP.shape[1]
-    num_past_N = torch.tensor(num_past, device=device)
-    room_N = torch.tensor(room, device=device)
+    num_past_N, room_N = (torch.tensor(x).to(device, non_blocking=True) for x in (num_past, room))
     index_P = torch.arange(P, device=device)
     past_NP = index_P < num_past_N[:, None]
     local_NP = index_P >= (num_past_N - num_local)[:, None]
