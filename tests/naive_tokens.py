@@ -1,7 +1,7 @@
 """Token methods written out naively in float64: token by token, head by head, lists and loops, from their papers.
 
-A rule says which tokens a query sees and at which distance; the reader below does the rest. Nothing of the engine or the
-methods is used; norms, projections and MLPs are the stock model's.
+A rule says which tokens a query sees and at which distance; the reader below does the rest. Nothing of the engine or
+the methods is used; norms, projections and MLPs are the stock model's.
 """
 
 from __future__ import annotations

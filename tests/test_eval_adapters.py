@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cli_runner import run_cli
-from retrolm.cli.eval_options import split_knobs
+from retrolm.cli.knob_settings import split_knobs
 from retrolm.engine.adapter import AdapterCard, new_adapter
 from retrolm.errors import UserError
 from retrolm.evaluation.adapters import AdaptedVariant, AdapterLoader, with_adapters

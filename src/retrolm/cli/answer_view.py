@@ -9,12 +9,15 @@ from .screen import ERR, count, note, seconds, size
 
 if TYPE_CHECKING:
     from ..engine.document import Document
+    from ..engine.prompt_document import PromptDocument
     from ..engine.results import Answer, PageUse
 
 INDENT = 2
 
 
-def answer_json(document: Document, question: str, answer: Answer, model: str, num_pages: int) -> dict[str, Any]:
+def answer_json(
+    document: Document | PromptDocument, question: str, answer: Answer, model: str, num_pages: int
+) -> dict[str, Any]:
     """Everything about one answer; keys are stable. `num_pages`: how many of its pages to list."""
     lm = document.lm
     return {
@@ -29,6 +32,7 @@ def answer_json(document: Document, question: str, answer: Answer, model: str, n
         "num_tokens": document.num_tokens,
         "num_pages": document.num_pages,
         "attended_tokens": answer.attended_tokens,
+        "attended_by_layer": {key: list(value) for key, value in answer.attended_by_layer.items()},
         "pages": [page_json(page) for page in answer.pages[:num_pages]],
         "prefill_s": answer.timings.prefill_s,
         "ttft_s": answer.timings.ttft_s,
@@ -77,8 +81,10 @@ def speed(answer: Answer) -> str:
     return f"{1 / answer.timings.tpot_s:.1f}" if len(answer.token_ids) > 1 and answer.timings.tpot_s else "-"
 
 
-def read_line(document: Document) -> str:
+def read_line(document: Document | PromptDocument) -> str:
     """What reading the document took."""
+    if not document.is_cached:
+        return f"{count(document.num_tokens)} tokens, read anew with each question: this method keeps no pages"
     per_s = document.num_tokens / max(document.prefill_s, 1e-9)
     return (
         f"Read {count(document.num_tokens)} tokens in {count(document.num_pages)} pages: "
@@ -86,17 +92,18 @@ def read_line(document: Document) -> str:
     )
 
 
-def setup_line(document: Document, model: str) -> str:
+def setup_line(document: Document | PromptDocument, model: str) -> str:
     """With what it was read."""
     lm = document.lm
-    trained = "trained " if lm.method.needs_bookmarks and lm.retriever else ""
-    return (
-        f"{model} · budget {count(lm.config.kv_budget)} · method {lm.method.name} · "
-        f"retriever: {trained}{lm.retriever_name}"
-    )
+    budget = f"budget {count(lm.config.kv_budget)}" if lm.method.has_budget else "no budget"
+    parts = [model, budget, f"method {lm.method.name}"]
+    if document.is_cached:
+        trained = "trained " if lm.method.needs_bookmarks and lm.retriever else ""
+        parts.append(f"retriever: {trained}{lm.retriever_name}")
+    return " · ".join(parts)
 
 
-def show_opening(document: Document, model: str) -> None:
+def show_opening(document: Document | PromptDocument, model: str) -> None:
     """Print on stderr what reading took, and with what it was read."""
     note(read_line(document))
     note(setup_line(document, model))

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ..errors import UserError
 from .answer_view import answer_json, show_details, show_opening
-from .loading import load_engine, read_document, read_source, refuse_stdin, source_name
+from .loading import load_engine, read_document, read_source, refuse_stdin, require_pages, source_name
 from .options import EngineOptions, JsonFlag, with_engine_options
 from .screen import ERR, error_line, note
 
@@ -36,6 +36,7 @@ def command(
     """
     engine.check()
     refuse_stdin(file, "chat")
+    require_pages(engine, "chat")
     text = read_source(file)
     lm = load_engine(engine)
     document = read_document(lm, text, source_name(file))

@@ -20,9 +20,10 @@ from .eval_answerer import (
 )
 from .eval_attention import attention
 from .eval_loss import loss
-from .eval_options import AdapterOption, BackboneOptions, SetOption, SetOptions, split_knobs
+from .eval_options import AdapterOption, BackboneOptions, SetOption, SetOptions
 from .eval_retrieval import retrieval
 from .eval_score import score
+from .knob_settings import split_knobs
 from .options import with_options
 
 command = typer.Typer(invoke_without_command=True)

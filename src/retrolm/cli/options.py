@@ -13,6 +13,7 @@ import typer
 
 from ..config import RetroConfig
 from ..errors import UserError, unknown
+from .knob_settings import plain_settings, split_knobs
 from .settings import parse_settings
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -45,7 +46,7 @@ class EngineOptions:
         str, _option(help="Trained page retriever: a folder, a shipped one, auto (the one for this model), or none.")
     ] = "auto"
     adapter: Annotated[str, _option(help="LoRA adapter: a folder (stage 2, or PEFT's), or none.")] = "none"
-    method: Annotated[str, _option(help="Page-selection method (see `retrolm methods`).")] = "retrolm"
+    method: Annotated[str, _option(help="How the budget is spent (see `retrolm methods`).")] = "retrolm"
     kv_budget: Annotated[int, _option(help="Tokens attended per layer.")] = _DEFAULTS.kv_budget
     page_size: Annotated[int, _option(help="Tokens per page.")] = _DEFAULTS.page_size
     chunk_pages: Annotated[int, _option(help="Pages encoded at once; changes speed and memory, not results.")] = (
@@ -58,13 +59,13 @@ class EngineOptions:
     dtype: Annotated[str, _option(help=f"Arithmetic of the model: {', '.join(DTYPES)}.")] = "auto"
     max_new_tokens: Annotated[int, _option(help="Longest answer, in tokens.")] = 64
     settings: Annotated[
-        list[str], _option("--set", help="Any other option of RetroConfig, as key=value; may be repeated.",
-                           default=False)
+        list[str], _option("--set", help="Option of RetroConfig (key=value) or of the method (METHOD.knob=value); "
+                           "may be repeated.", default=False)
     ] = field(default_factory=list)  # fmt: skip
 
     def config(self) -> RetroConfig:
         """The engine's configuration; raises `UserError` for what is unknown or out of range."""
-        further = parse_settings(self.settings)
+        further = parse_settings(plain_settings(self.settings))
         for key, option in _OWN_OPTIONS.items():
             if key in further:
                 raise UserError(f"{key} has an option of its own. Use {option} instead of --set {key}=…")
@@ -72,9 +73,18 @@ class EngineOptions:
         cap = None if self.device_kv_gb is None else _whole_bytes(self.device_kv_gb)
         return RetroConfig.from_options({**named, "device_kv_bytes": cap, **further})
 
+    def method_options(self) -> dict[str, Any]:
+        """Knobs of the method; raises `UserError` for knobs of another one."""
+        found = split_knobs(self.settings)[1]
+        for name in found:
+            if name != self.method:
+                raise UserError(f"--set {name}.… sets a knob of {name!r}, but --method is {self.method!r}.")
+        return found.get(self.method, {})
+
     def check(self) -> None:
         """Refuse what can be refused before a model is loaded; raises `UserError`."""
         self.config()
+        self.method_options()
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
         if self.max_new_tokens < 1:

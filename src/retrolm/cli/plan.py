@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from .loading import load_engine, read_source, source_name
+from .loading import load_engine, read_source, require_pages, source_name
 from .options import EngineOptions, JsonFlag, SourceArgument, with_engine_options
 from .screen import OUT, count, print_json, seconds, show_table, size, waiting
 
@@ -28,6 +28,7 @@ def command(
     a few seconds. Exits with 1 if the memory isn't there.
     """
     engine.check()
+    require_pages(engine, "plan")
     text = read_source(file)
     from ..engine.plan import look_around, plan
     from ..engine.preflight import check_questions, count_tokens

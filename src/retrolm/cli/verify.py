@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .loading import load_engine, read_source
+from .loading import load_engine, read_source, require_pages
 from .options import EngineOptions, JsonFlag, with_engine_options
 from .screen import OUT, print_json, show_table, waiting
 
@@ -29,6 +29,7 @@ def command(
     same run. Exits with 1 if a comparison fails.
     """
     engine.check()
+    require_pages(engine, "verify")
     text = None if file is None else read_source(file)
     lm = load_engine(engine)
     from ..engine.verify import own_source_ids, text_ids, verify

@@ -126,7 +126,7 @@ class InfLLM(TokenMethod):
             self._set_representatives(view, split, block)
 
     def _set_representatives(self, view: ChunkView, split: _Split, block: int) -> None:
-        """Mean key of one block's representatives, [B, H, D]; samples that haven't got the block are set again later."""
+        """Store the mean key of one block's representatives; samples without the block yet are set again later."""
         cache, num_heads = view.cache, view.q_BHQD.shape[1]
         first = split.num_init + block * split.block
         inside = (cache.true_BJT >= first) & (cache.true_BJT < first + split.block)
