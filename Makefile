@@ -27,6 +27,13 @@ demo: .venv/.user ## read the opening chapters of a book with a small model and 
 demo-book: .venv/.user ## the same with the whole book
 	@$(BIN)/retrolm demo --book
 
+PRESET ?= quick
+
+reproduce: .venv/.test ## the paper's tables with a small model (PRESET=quick or full, DATA=folder, MODEL, SAMPLES, ADAPTER)
+	$(BIN)/retrolm reproduce configs/reproduce/$(PRESET).toml --out results/reproduce/$(PRESET) \
+	  $(if $(DATA),--data-dir "$(DATA)") $(if $(MODEL),--model "$(MODEL)") \
+	  $(if $(SAMPLES),--samples $(SAMPLES)) $(if $(ADAPTER),--adapter "$(ADAPTER)")
+
 lint: .venv/.test ## style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check

@@ -15,7 +15,7 @@ from .answer_view import answer_json, cost_line, page_lines, read_line, setup_li
 from .loading import check_questions, load_engine, read_document
 from .options import EngineOptions, JsonFlag, with_engine_options
 from .passage import passage
-from .pull import fetch_model
+from .pull import fetch_if_missing
 from .screen import OUT, count, note, print_json, seconds, show_table, size, waiting
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def command(
     from ..engine.demo_questions import EXAMPLES, load_example
 
     example = load_example(examples or EXAMPLES, whole_book=book)
-    _fetch_if_missing(engine.model)
+    fetch_if_missing(engine.model)
     lm = load_engine(engine)
     questions = [asked.question for asked in example.questions]
     check_questions(lm, example.text, questions)
@@ -64,15 +64,6 @@ def command(
         print_json(_as_json(example, document, answers, engine.model, pages))
     else:
         _close(document, answers, engine.model)
-
-
-def _fetch_if_missing(model: str) -> None:
-    from ..engine.catalogue import CATALOGUE
-    from ..engine.pull import is_pulled
-
-    if model in CATALOGUE and not is_pulled(model):
-        note(f"Fetching {model} ({size(CATALOGUE[model].download_bytes)}, licence {CATALOGUE[model].licence}) …")
-        fetch_model(model)
 
 
 def _panel(document: Document, asked: ExpectedAnswer, answer: Answer, num_pages: int) -> Panel:

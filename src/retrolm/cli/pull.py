@@ -9,7 +9,7 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .options import JsonFlag
-from .screen import ERR, note, print_json
+from .screen import ERR, note, print_json, size
 
 
 def command(
@@ -50,3 +50,13 @@ def fetch_model(name: str) -> Path:
             progress.update(task, description=f"{name}: {step}", completed=done, total=total or None)
 
         return pull(name, progress=update)
+
+
+def fetch_if_missing(model: str) -> None:
+    """Pull `model` if it is the name of a demo model that isn't here."""
+    from ..engine.catalogue import CATALOGUE
+    from ..engine.pull import is_pulled
+
+    if model in CATALOGUE and not is_pulled(model):
+        note(f"Fetching {model} ({size(CATALOGUE[model].download_bytes)}, licence {CATALOGUE[model].licence}) …")
+        fetch_model(model)

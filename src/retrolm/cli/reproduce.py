@@ -11,6 +11,7 @@ import typer
 from .eval_answerer import AnswererOptions, RayOption, ShardsOption, bare_tokenizer, open_answerer
 from .eval_options import BackboneOptions, parse_task_options
 from .known_methods import known_methods
+from .pull import fetch_if_missing
 from .screen import note
 
 
@@ -47,6 +48,7 @@ def command(
     plan = load_preset(preset)
     plan = dataclasses.replace(plan, model=model or plan.model)
     plan = plan if samples is None else plan.with_samples(samples)
+    fetch_if_missing(plan.model)
     backbone = BackboneOptions(model=plan.model, page_size=plan.page_size, dtype=dtype)
     engine = backbone.engine(kv_budget=plan.largest_budget, chunk_pages=plan.chunk_pages)
     engine.check()

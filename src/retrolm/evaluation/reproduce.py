@@ -17,7 +17,8 @@ from ..methods import METHODS
 from .adapters import with_adapters
 from .answering import Answerer
 from .journal import write_whole
-from .report.results import load_results
+from .report.costs import memory_table
+from .report.results import Results, load_results
 from .report.tables import overview_table
 from .report.write import markdown_table, write_results
 from .runner import DataOptions, Events, Runner, SampleSet, sample_sets
@@ -164,23 +165,26 @@ def run_tables(
         for variant in table.variants:
             answerer.facts(variant)
     cells: list[dict[str, Any]] = []
-    done: list[tuple[TablePlan, str]] = []
+    done: list[tuple[TablePlan, Results]] = []
     runner = Runner(answerer, out / ROWS, seed=preset.seed, batch_size=preset.batch_size, events=events)
     for table in prepared:
         own = runner.run(table.sets, table.variants)
         results = load_results([out / ROWS]).only({cell["config_hash"] for cell in own})
         write_results(results, out / table.plan.name, table.plan.title)
-        done.append((table.plan, markdown_table(overview_table(results))))
+        done.append((table.plan, results))
         write_whole(out / INDEX, index_text(preset, done, not_run))
         cells += own
     return cells
 
 
-def index_text(preset: Preset, done: Sequence[tuple[TablePlan, str]], not_run: Sequence[str]) -> str:
-    """What was run, with each table's overview and a link to its report, and what was not."""
+def index_text(preset: Preset, done: Sequence[tuple[TablePlan, Results]], not_run: Sequence[str]) -> str:
+    """What was run, with each table's scores, memory by length and a link to its report, and what was not."""
     parts = [f"# {preset.title}", "Scores times 100, with 95% confidence intervals in brackets."]
-    for plan, overview in done:
-        parts.append(f"## {plan.title}\n\n{overview}\n\n[Everything]({plan.name}/report.md)")
+    for plan, results in done:
+        memory = memory_table(results)
+        parts += [f"## {plan.title}", markdown_table(overview_table(results))]
+        parts += [f"{memory.title}:", markdown_table(memory)] if memory.rows else []
+        parts.append(f"[Everything]({plan.name}/report.md)")
     if not_run:
         parts.append("## Not run\n\n" + "\n".join(f"- {line}" for line in not_run))
     return "\n\n".join(parts) + "\n"
