@@ -120,11 +120,15 @@ class Encoder:
         return Encoded(captures, program.peak_attended, found)
 
     def _assert_positions(self, chunk: Chunk) -> None:
-        """However long the text, no page begins beyond the budget (or beyond what a kept sliding window reaches)."""
+        """However long the text, no page begins beyond the budget (or beyond what a kept sliding window reaches).
+
+        So no position passes kv_budget + question + generated tokens.
+        """
         config = self.parts.config
         if config.first_layer_mode != "full" or not config.num_skip_layers:
             most = max(config.kv_budget, self.kept_window + config.page_size)
-            assert all(0 <= end <= most for group in chunk.groups for end in group.end)
+            for end in (end for group in chunk.groups for end in group.end):
+                assert 0 <= end <= most, f"a page begins at position {end}, beyond {most}"
 
     def _require_window(self, num_tokens: int) -> None:
         """A layer that attends the whole text can't take a text longer than the model's window."""
