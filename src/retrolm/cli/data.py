@@ -50,6 +50,31 @@ def stage1(
     )
 
 
+@command.command("stage2")
+def stage2(
+    source: Annotated[Path, typer.Argument(help="Long documents: .txt, .jsonl (.gz, .zst), .parquet, or a folder.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for train.jsonl.gz and held_out.jsonl.gz.")],
+    held_out: Annotated[int, typer.Option(help="Documents held out.", min=1)] = 32,
+    excerpt_chars: Annotated[int, typer.Option(help="Characters kept of each document; 0 = all.", min=0)] = 0,
+    held_out_chars: Annotated[int, typer.Option(help="The same for documents held out.", min=0)] = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Split long documents into a part to train on and a part held out, as excerpts.
+
+    `retrolm train stage2` reads any such files as they are, too.
+    """
+    from ..training.stage2.split import split_documents
+
+    with waiting("Splitting …"):
+        found = split_documents(source, out, held_out, excerpt_chars, held_out_chars)
+    if as_json:
+        print_json(found)
+        return
+    rows = [(name, count(part["documents"]), count(part["chars"]), size((out / name).stat().st_size))
+            for name, part in found.items()]  # fmt: skip
+    show_table(("file", "documents", "characters", "bytes"), rows, right=(1, 2, 3))
+
+
 def prepare(table: Any, model: str, data_root: Path, out: Path) -> dict[str, Any]:
     """Prepare a pool in the new folder `out`; returns its manifest. Raises `UserError` if it holds one already."""
     from ..engine.quiet import silence_libraries

@@ -5,6 +5,8 @@ Run it by itself, or under `accelerate launch` on several GPUs.
 
 from __future__ import annotations
 
+import json
+import sys
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +16,7 @@ import typer
 
 from ..errors import UserError
 from .data import prepare
-from .screen import waiting
+from .screen import print_json, waiting
 from .train_view import report, training_progress
 
 command = typer.Typer(help="Train a page retriever, or the backbone on sparse KV.")
@@ -56,6 +58,11 @@ def stage1(
                      show_default=False),
     ] = None,
     trackers: TrackerOption = None,
+    measure_speed: Annotated[
+        int | None,
+        typer.Option("--measure-speed", help="Don't train: time so many batches beside plain forward passes (JSON).",
+                     show_default=False, min=1),
+    ] = None,
 ) -> None:  # fmt: skip
     """Train a page retriever on a frozen backbone (stage 1), with checkpoints."""
     from ..training.stage1.config import load_recipe
@@ -63,6 +70,11 @@ def stage1(
     recipe = load_recipe(config, parse_overrides(settings or ()))
     _check_stop(stop_after)
     trainer = _stage1_trainer(recipe, pool, out, data_root, trackers or ())
+    if measure_speed:
+        from ..training.stage1.speed import training_speed
+
+        print_json(training_speed(trainer, measure_speed))
+        return trainer.close()
     complete = _run(trainer, recipe.train.num_steps, resume, stop_after)
     if trainer.accelerator.is_main_process:
         report(trainer, complete, "Retriever", trainer.retriever_folder)
@@ -93,6 +105,37 @@ def stage2(
         what = "Adapter" if trainer.step_module.adapter is not None else "Model"
         report(trainer, complete, what, trainer.artefact_folder)
     trainer.close()
+
+
+@command.command("speed")
+def speed(
+    config: ConfigArgument,
+    lengths: Annotated[str, typer.Option(help="Tokens per text, parted by commas.")] = "4096,12288,32768",
+    repeats: Annotated[int, typer.Option(help="Measured passes of each kind; medians are shown.", min=1)] = 3,
+    settings: SettingsOption = None,
+    output: Annotated[Path | None, typer.Option(help="Also write the figures to this file, as JSON.")] = None,
+    as_json: JsonFlag = False,
+) -> int:
+    """Time stage-2 training on sparse KV beside full attention: forward and backward, in interleaved pairs.
+
+    Texts are random tokens, one per pass, without optimiser steps. First the loss at a budget that holds the text is
+    compared with the stock model's; if it differs no speed-up is shown, and the exit code is 1.
+    """
+    from ..training.stage2.config import load_recipe
+
+    recipe = load_recipe(config, parse_overrides(settings or ()))
+    sizes = [size for size in parse_lengths(lengths) if size is not None]
+    check_writable(output)
+    step = _stage2_step(recipe)
+    from ..engine.provenance import provenance
+    from ..training.stage2.speed import measure_speed
+
+    found = {**measure_speed(step, recipe.train, sizes, repeats, show_speed), **provenance(["retrolm", *sys.argv[1:]])}
+    if output is not None:
+        write_whole(output, json.dumps(found, indent=2) + "\n")
+    if as_json:
+        print_json(found)
+    return 0 if found["equal"] else 1
 
 
 def _check_stop(stop_after: float | None) -> None:
@@ -150,3 +193,12 @@ def _stage2_trainer(recipe: Any, data_root: Path, out: Path, trackers: Sequence[
 
         silence_libraries()
         return Stage2Trainer(recipe, load_backbone(recipe), data_root, out, trackers=trackers)
+
+
+def _stage2_step(recipe: Any) -> Any:
+    with waiting(f"Loading {recipe.train.model} …"):
+        from ..engine.quiet import silence_libraries
+        from ..training.stage2.speed import load_step
+
+        silence_libraries()
+        return load_step(recipe)

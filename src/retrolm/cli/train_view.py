@@ -50,6 +50,17 @@ def report(trainer: Any, complete: bool, what: str, folder: Path) -> None:
         print(f"Stopped at {done}. Go on with --resume.")
 
 
+def show_speed(row: dict[str, Any]) -> None:
+    """One line for a length of `retrolm train speed`."""
+    parts = [f"{count(row['num_tokens'])} tokens"]
+    for kind in ("sparse", "full"):
+        memory = f", peak {size(row[kind]['peak_device_bytes'])}" if row[kind]["peak_device_bytes"] else ""
+        parts.append(f"{kind} {count(row[kind]['tokens_per_s'])} tokens/s{memory}")
+    if row["speed_up"] is not None:
+        parts.append(f"{row['speed_up']:.2f} times as fast")
+    note(" · ".join(parts))
+
+
 def _figures(row: dict[str, Any]) -> str:
     parts = [f"loss {row['loss']:.3f}"]
     if "recall8" in row:
