@@ -199,7 +199,8 @@ class RetroLM:
             heads: ids that stand before each text; None = BOS and the chat template's head.
         """
         inputs = [self.tokenise(source) for source in sources]
-        splits = [self.split_head(head) for head in heads or [None] * len(inputs)]
+        given: Sequence[Sequence[int] | None] = heads if heads is not None else [None] * len(inputs)
+        splits = [self.split_head(head) for head in given]
         started = time.perf_counter()
         pages = [self._cut(prefix, joined + ids) for (prefix, joined), (_, ids, _) in zip(splits, inputs, strict=True)]
         store = self.new_store(sum(map(len, pages)))

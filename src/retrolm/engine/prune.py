@@ -73,7 +73,7 @@ def generate_pruned(
     cache = KeptCache()
     program = PrunePass(lm.backbone, method, cache, prompts, kv_budget)
     input_ids, mask = left_padded([prompt.ids for prompt in prompts], lm.pad_id, width)
-    call = checked.call(max_new_tokens, first, None)
+    call = checked.call(max_new_tokens, first, checked.streamer)
     with lm.attachment.run(program):
         out = lm.model.generate(
             input_ids=input_ids.to(lm.device),

@@ -59,7 +59,7 @@ def stock_answers(
     started, first = time.perf_counter(), FirstToken()
     width = max(map(len, prompts))
     input_ids, mask = left_padded(prompts, lm.pad_id, width)
-    call = checked.call(max_new_tokens, first, None)
+    call = checked.call(max_new_tokens, first, checked.streamer)
     out = lm.model.generate(
         input_ids=input_ids.to(lm.device),
         attention_mask=mask.to(lm.device).long(),

@@ -43,7 +43,7 @@ class PlainPrompts:
         options = {"max_new_tokens": max_new_tokens, **GREEDY}
         if stops:
             options["stopping_criteria"] = [StopAfter(self._lm.tokenizer, stops, keep_spaces=True)]
-        answers = self._lm.answer([self._prompt(ids) for ids in rows], **options)  # type: ignore[arg-type]
+        answers = self._lm.answer([self._prompt(ids) for ids in rows], **options)
         tokens = [list(answer.token_ids) for answer in answers]
         texts = self._lm.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [cut_at(text, stops) for text in texts]
