@@ -149,7 +149,7 @@ def test_sets_equal_loops_whatever_the_block(monkeypatch: pytest.MonkeyPatch) ->
     """H2O's sums don't depend on how many rows are held at once."""
     model, ids = tiny_model("llama-mqa", **SMALL), random_ids(30, 3).tolist()
     _, whole = run(engine(model), method("h2o"), [ids])
-    monkeypatch.setattr(causal, "_BLOCK_ELEMENTS", 4 * 30 * 7)
+    monkeypatch.setattr(causal, "_CPU_BLOCK_ELEMENTS", 4 * 30 * 7)
     _, blocks = run(engine(model), method("h2o"), [ids])
     assert (whole - blocks).abs().max() < 1e-12
 

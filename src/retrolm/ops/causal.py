@@ -13,7 +13,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .attention import attend, bias_from
 
-_BLOCK_ELEMENTS = 1 << 25  # of the weights held at once: 128 MiB in float32
+# Weights held at once: 128 MiB in float32 on an accelerator; on a CPU what its caches hold (four times as fast).
+_BLOCK_ELEMENTS = 1 << 25
+_CPU_BLOCK_ELEMENTS = 1 << 19
 
 
 def causal_attention(
@@ -34,7 +36,7 @@ def causal_attention(
         grouped = k_BKTD.shape[1] != H
         return scaled_dot_product_attention(q_BHTD, k_BKTD, v_BKTD, is_causal=True, scale=scale, enable_gqa=grouped)
     out = torch.empty_like(q_BHTD)
-    for start, end in _row_blocks(T, B * H):
+    for start, end in _row_blocks(T, B * H, q_BHTD.device):
         first = 0 if window is None else max(start - window + 1, 0)
         bias = bias_from(_allowed(start, end, first, window, q_BHTD.device)[None], q_BHTD.dtype).expand(B, -1, -1)
         q, k, v = q_BHTD[:, :, start:end], k_BKTD[:, :, first:end], v_BKTD[:, :, first:end]
@@ -61,7 +63,7 @@ def attention_mass(
     wide = torch.promote_types(q_BHTD.dtype, torch.float32)
     keys = k_BKTD.to(wide)
     mass = keys.new_zeros(B, K, H // K, T)
-    for start, end in _row_blocks(T, B * H):
+    for start, end in _row_blocks(T, B * H, q_BHTD.device):
         weights = _weights(q_BHTD[:, :, start:end].to(wide), keys[:, :, :end], start, scale, softcap, window)
         mass[..., :end] += weights.sum(3)
     return mass
@@ -87,8 +89,9 @@ def _allowed(
     return (distance >= 0) & (distance < window) if window is not None else distance >= 0
 
 
-def _row_blocks(num_rows: int, num_heads: int) -> Iterator[tuple[int, int]]:
+def _row_blocks(num_rows: int, num_heads: int, device: torch.device) -> Iterator[tuple[int, int]]:
     """Cut rows so that the weights of a block, over all heads of all samples, stay below a fixed size."""
-    size = max(_BLOCK_ELEMENTS // (num_heads * num_rows), 1)
+    elements = _CPU_BLOCK_ELEMENTS if device.type == "cpu" else _BLOCK_ELEMENTS
+    size = max(elements // (num_heads * num_rows), 1)
     for start in range(0, num_rows, size):
         yield start, min(start + size, num_rows)
