@@ -16,8 +16,11 @@ import typer
 
 from ..errors import UserError
 from .data import prepare
+from .eval_options import parse_lengths
+from .options import JsonFlag
+from .output_file import check_writable, write_whole
 from .screen import print_json, waiting
-from .train_view import report, training_progress
+from .train_view import report, show_speed, training_progress
 
 command = typer.Typer(help="Train a page retriever, or the backbone on sparse KV.")
 

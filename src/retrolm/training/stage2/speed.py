@@ -95,7 +95,7 @@ def _timed(step: Stage2Step, piece: Tensor, program: SparseProgram | None) -> tu
 
 @torch.no_grad()
 def _check(step: Stage2Step, train: Stage2TrainConfig) -> tuple[float, float]:
-    """Mean loss of random tokens with a budget that holds them, page by page through gathered sets, and the stock one."""
+    """Mean loss of random tokens: through gathered sets with a budget that holds them, and by full attention."""
     piece = _random_piece(step, CHECK_TOKENS, 0)
     room = train.engine_config().replace(kv_budget=max(CHECK_TOKENS + train.page_size, train.kv_budget))
     program = sparse_program(step.lm, room, CHECK_TOKENS, dense_block=False)
@@ -105,8 +105,8 @@ def _check(step: Stage2Step, train: Stage2TrainConfig) -> tuple[float, float]:
 
 
 def _program(step: Stage2Step, train: Stage2TrainConfig, num_tokens: int) -> SparseProgram:
-    options = {"detach_pages": train.detach_pages, "frozen": step.frozen}
-    return sparse_program(step.lm, train.engine_config(), num_tokens, **options)
+    config = train.engine_config()
+    return sparse_program(step.lm, config, num_tokens, detach_pages=train.detach_pages, frozen=step.frozen)
 
 
 def _random_piece(step: Stage2Step, num_tokens: int, seed: int) -> Tensor:

@@ -55,8 +55,9 @@ class Stage2Step(nn.Module):
             return None
         config = train.engine_config()
         config = config if causal is None else config.replace(causal_selection=causal)
-        options = {"detach_pages": train.detach_pages, "frozen": self.frozen}
-        return sparse_program(self.lm, config, num_tokens, self._num_prefix, **options)
+        return sparse_program(
+            self.lm, config, num_tokens, self._num_prefix, detach_pages=train.detach_pages, frozen=self.frozen
+        )
 
     def running(self, program: SparseProgram | None) -> AbstractContextManager[None]:
         """The block in which a piece's forward and backward pass belong."""

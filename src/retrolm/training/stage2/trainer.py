@@ -134,7 +134,7 @@ class Stage2Trainer(TrainingLoop[Tensor]):
 
     # --- parts --------------------------------------------------------------------------------------------------
 
-    def _batches(self) -> Iterator[Tensor]:
+    def batches(self) -> Iterator[Tensor]:
         """This process's pieces from the present step on."""
         first = self.step * self.recipe.train.accumulate + self.accelerator.process_index
         stream = PieceStream(
