@@ -15,7 +15,15 @@ from retrolm.config import RetroConfig
 from retrolm.engine import shipped
 from retrolm.engine.model import RetroLM
 from retrolm.errors import IncompatibleRetrieverError, UserError
-from retrolm.retriever import CARD_FILE, WEIGHTS_FILE, PageRetriever, export_retriever
+from retrolm.retriever import (
+    CARD_FILE,
+    WEIGHTS_FILE,
+    PageRetriever,
+    ProjectionShape,
+    RetrieverCard,
+    export_retriever,
+    load_retriever,
+)
 from test_against_naive import random_retriever
 from tiny_folder import save_tiny_model
 from tiny_models import random_ids, tiny_model
@@ -213,3 +221,23 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     for path in (tmp_path / "empty", tmp_path / "nowhere"):
         with pytest.raises(UserError):
             RetroLM.from_pretrained(path)
+
+
+@pytest.mark.parametrize("before", [0, 6])
+def test_export_reduces_the_rank_to_the_nearest_matrices(before: int, tmp_path: Path) -> None:
+    """At the rank that a matrix has nothing is lost; below it the loss is that of its smallest singular values."""
+    torch.manual_seed(0)
+    shapes = [ProjectionShape(0, "q_proj", 12, 10)]
+    retriever = PageRetriever(shapes, torch.randn(12), RetrieverCard({}, before, 16, "x"))
+    for value in retriever.deltas.parameters():
+        value.data = torch.randn_like(value)
+    retriever.save(tmp_path / "source")
+    whole = retriever.delta(0, "q_proj", torch.eye(12)).T.detach()
+    for rank in (before or 10, 3):
+        folder = export_retriever(tmp_path / "source", tmp_path / f"rank{rank}", 32, rank)
+        found = load_retriever(folder, shapes, {})
+        lost = float((found.delta(0, "q_proj", torch.eye(12)).T.detach() - whole).norm())
+        assert lost == pytest.approx(float(torch.linalg.svdvals(whole)[rank:].norm()), abs=1e-4)
+        assert found.card.rank == rank and found.card.details["reduced_from_rank"] == before
+    with pytest.raises(UserError, match="rank"):
+        export_retriever(tmp_path / "source", tmp_path / "no", 32, 11)

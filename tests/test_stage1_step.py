@@ -17,6 +17,7 @@ from retrolm.engine.page_attention import PageAttention
 from retrolm.engine.page_batch import page_batch
 from retrolm.errors import UserError
 from retrolm.training.schedule import learning_rate
+from retrolm.training.stage1.speed import training_speed
 from retrolm.training.stage1.step import Stage1Step
 from retrolm.training.stage1.trainer import Stage1Trainer, first_retriever
 from stage1_pool_maker import tiny_pool
@@ -174,3 +175,12 @@ def test_dev_recall_covers_all_lengths_and_counts_its_samples(tmp_path: Path) ->
     found = trainer.retriever.card.details["dev_recall"]
     assert found["step"] == 1 and 0 <= found["mean"] <= found["best"] <= 1
     assert trainer.dev_recall() == {key: found[key] for key in ("mean", "best")}
+
+
+def test_speed_is_measured_beside_the_stock_forward_pass(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path, num_steps=1, save_every=0)
+    found = training_speed(trainer, 2)
+    assert found["num_tokens"] > 0 and found["num_batches"] == 2
+    for part in ("forward", "training"):
+        assert found[part]["tokens_per_s"] == pytest.approx(found["num_tokens"] / found[part]["seconds"])
+    assert found["overhead"] == pytest.approx(found["training"]["seconds"] / found["forward"]["seconds"] - 1)

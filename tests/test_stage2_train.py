@@ -160,7 +160,7 @@ def test_held_out_documents_are_never_trained_on(documents: Path, tmp_path: Path
     trainer = tiny_stage2_trainer(tmp_path, documents, data={"epochs": 1, "min_tokens": 2})
     tokenizer = tiny_tokenizer()
     texts = [json.loads(line)["text"] for line in (documents / "held_out.jsonl").read_text().splitlines()]
-    seen = "".join(tokenizer.decode(piece) for piece in trainer._batches())
+    seen = "".join(tokenizer.decode(piece) for piece in trainer.batches())
     assert all(text[-20:] not in seen for text in texts) and "Chapter 3." in seen
 
 

@@ -118,19 +118,40 @@ class PageRetriever(nn.Module):
         return _write(Path(folder), dict(self.state_dict()), self.card, bits)
 
 
-def export_retriever(source: str | Path, folder: str | Path, bits: int) -> Path:
+def export_retriever(source: str | Path, folder: str | Path, bits: int, rank: int | None = None) -> Path:
     """Write the retriever in `source` anew into `folder` with 8, 16 or 32 bits per weight; needs no backbone.
 
     The card says how the weights are kept (`details["bits"]`).
 
+    Args:
+        rank: replace each delta by the nearest one of this rank (in the Frobenius norm); None keeps them.
+
     Raises:
-        UserError: `source` holds no readable retriever, `folder` is `source`, or `bits` is no choice.
+        UserError: `source` holds no readable retriever, `folder` is `source`, or `bits` or `rank` is no choice.
     """
     source, folder = Path(source), Path(folder)
     if folder.resolve() == source.resolve():
         raise UserError(f"{folder} is the retriever itself. Name another folder to export to.")
-    card = read_card(source)
-    return _write(folder, _read_tensors(source), replace(card, details={**card.details, "bits": bits}), bits)
+    card, tensors = read_card(source), _read_tensors(source)
+    if rank is not None:
+        tensors = _of_rank(tensors, card.rank, rank)
+        card = replace(card, rank=rank, details={**card.details, "reduced_from_rank": card.rank})
+    return _write(folder, tensors, replace(card, details={**card.details, "bits": bits}), bits)
+
+
+def _of_rank(tensors: dict[str, Tensor], before: int, rank: int) -> dict[str, Tensor]:
+    """Deltas of rank `before` (0 = full) reduced to `rank`: the largest singular values, shared by both factors."""
+    if rank < 1 or (before and rank > before):
+        raise UserError(f"rank={rank} is no choice: allowed is 1 to {before or 'what the model has'}.")
+    found = {"embedding": tensors["embedding"]}
+    for key in sorted({name.rpartition(".")[0] for name in tensors} - {""}):
+        whole = tensors[f"{key}.up"] @ tensors[f"{key}.down"] if before else tensors[f"{key}.weight"]
+        if rank > min(whole.shape):
+            raise UserError(f"rank={rank} exceeds the smaller side of {key}, {min(whole.shape)}.")
+        left, values, right = torch.linalg.svd(whole, full_matrices=False)
+        root = values[:rank].sqrt()
+        found[f"{key}.up"], found[f"{key}.down"] = left[:, :rank] * root, root[:, None] * right[:rank]
+    return found
 
 
 def _write(folder: Path, tensors: dict[str, Tensor], card: RetrieverCard, bits: int) -> Path:

@@ -59,14 +59,17 @@ def export(
     path: PathArgument,
     out: Annotated[Path, typer.Option("--out", help="Folder to write to.")],
     bits: Annotated[int, typer.Option("--bits", help="Bits per weight: 8, 16 or 32.")] = 8,
+    rank: Annotated[
+        int | None, typer.Option("--rank", help="Reduce the matrices to this rank.", show_default="as trained")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Write a retriever anew with fewer bits per weight, to share or ship it."""
+    """Write a retriever anew with fewer bits per weight or of lower rank, to share or ship it."""
     from ..engine.shipped import resolve_retriever
     from ..retriever import WEIGHTS_FILE, export_retriever
 
     source = resolve_retriever(path)
-    folder = export_retriever(source, out, bits)
+    folder = export_retriever(source, out, bits, rank)
     before, after = ((place / WEIGHTS_FILE).stat().st_size for place in (source, folder))
     if as_json:
         print_json({"folder": str(folder), "bits": bits, "bytes": after, "bytes_before": before})

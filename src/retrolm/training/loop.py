@@ -65,7 +65,7 @@ class TrainingLoop(ABC, Generic[Batch]):
         self.seconds = 0.0
 
     @abstractmethod
-    def _batches(self) -> Iterator[Batch]:
+    def batches(self) -> Iterator[Batch]:
         """This process's batches from the present step on."""
 
     @abstractmethod
@@ -104,7 +104,7 @@ class TrainingLoop(ABC, Generic[Batch]):
         self._begin(resume)
         started = time.perf_counter()
         options = self._options
-        batches = self._batches() if self.step < options.num_steps else iter(())
+        batches = self.batches() if self.step < options.num_steps else iter(())
         out_of_time = False
         while self.step < options.num_steps and not out_of_time:
             self._one_step(batches)

@@ -193,7 +193,7 @@ class Stage1Trainer(TrainingLoop[Stage1Batch]):
     def _collate(self) -> Collate:
         return Collate(self.recipe.train.page_size, self.lm.pad_id)
 
-    def _batches(self) -> Iterator[Stage1Batch]:
+    def batches(self) -> Iterator[Stage1Batch]:
         """This process's batches from the present step on."""
         train = self.recipe.train
         data = Stage1Dataset(self.pool, self.lm.tokenizer, self.recipe.data, _ENDLESS)
