@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
+from .bench_shape import ShapeOptions, bench_shape, record_selections
 from .loading import load_engine, read_source
-from .options import EngineOptions, JsonFlag, with_engine_options
+from .options import EngineOptions, JsonFlag, with_options
 from .output_file import check_writable, write_whole
 from .screen import ERR, count, error_line, note, print_json, seconds, show_table, size, waiting
 from .verify import show_verification
@@ -26,9 +27,10 @@ if TYPE_CHECKING:
 COLUMNS = ("tokens", "", "prefill tokens/s", "read + answer", "peak memory", "speed-up")
 
 
-@with_engine_options(max_new_tokens=32)
+@with_options(engine=EngineOptions(max_new_tokens=32), shape=ShapeOptions())
 def command(
     engine: EngineOptions,
+    shape: ShapeOptions,
     lengths: Annotated[str, typer.Option(help="Text lengths in tokens, parted by commas.")] = "8192,32768",
     repeats: Annotated[int, typer.Option(help="Pairs of runs per length; medians are shown.", min=1)] = 3,
     file: Annotated[str | None, typer.Option(help="Text to read.", show_default="random tokens")] = None,
@@ -44,10 +46,18 @@ def command(
     First an equality check runs; if it fails no speed-up is shown, and the exit code is 1. Beyond the model's
     window the stock model's answers mean nothing, but its time does. Peak memory: tensors on a GPU, the whole process
     on a CPU.
+
+    With --shape a model of that shape with random weights is measured, part by part: see docs/speed.md. With
+    --record-selections the pages that a trained retriever chooses are recorded for that.
     """
     engine.check()
+    shape.check()
     sizes = _lengths(lengths)
     check_writable(output)
+    if shape.record_selections is not None:
+        return record_selections(engine, shape.record_selections, file)
+    if shape.shape is not None:
+        return bench_shape(engine, shape, sizes, dense_limit, verify_tokens, output, as_json)
     text = None if file is None else read_source(file)
     lm = load_engine(engine)
     ids = _texts(lm, sizes, text)
