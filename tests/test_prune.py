@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,9 +28,11 @@ from retrolm.engine.prune import Pruned, generate_pruned
 from retrolm.engine.prune_pass import PrunePass, PrunePrompt
 from retrolm.engine.stock import stock_answers
 from retrolm.errors import UserError
+from retrolm.evaluation.variants import Variant
 from retrolm.methods import METHODS, BudgetError
 from retrolm.methods.prune_base import PromptStates, PruneMethod
 from retrolm.ops import causal
+from tiny_eval import run_stories
 from tiny_models import exact_model, random_ids, tiny_model, wide_softmax
 
 NAMES = [name for name in METHODS if METHODS.get(name).kind == "prune"]
@@ -228,6 +232,16 @@ def test_nothing_is_left_behind(name: str) -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_threads_do_not_meet() -> None:
+    """Engines of different methods on one model, used at the same time, answer as they do alone."""
+    model = tiny_model("qwen2")
+    jobs = [(name, random_ids(60 + seed, seed).tolist()) for seed in range(2) for name in NAMES]
+    alone = [run_free(engine(model), method(name), [ids])[0] for name, ids in jobs]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda job: run_free(engine(model), method(job[0]), [job[1]])[0], jobs))
+    assert together == alone
+
+
 # --- budget and memory ---------------------------------------------------------------------------------------------
 
 
@@ -373,3 +387,15 @@ def test_the_engine_answers_and_accounts(name: str) -> None:
     assert answers[0].max_position == 60 + len(answers[0].token_ids) - 2
     with torch.no_grad():
         assert torch.equal(lm.logits(torch.tensor(ids)), lm.model(torch.tensor([ids])).logits[0])
+
+
+def test_the_evaluation_runs_them_and_stops_those_that_did_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variants = [Variant(name, 64) for name in ("snapkv", "pyramidkv")]
+    rows = run_stories(tmp_path / "rows", 3, variants, batch_size=2)
+    assert [row["num_failed"] for row in rows] == [0, 0]
+    assert all(row["attended_tokens"]["prefill"] > 100 for row in rows)
+    monkeypatch.setattr(PruneMethod, "layer_budgets", lambda self, tokens, layers, budget: [tokens] * layers)
+    with pytest.raises(BudgetError, match="Method 'snapkv' attended"):
+        run_stories(tmp_path / "nothing", 1, variants[:1])
