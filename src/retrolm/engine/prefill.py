@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from ..methods import PageTensors
 from ..ops.rotary import unscaled
@@ -23,7 +24,9 @@ from .page_records import page_records
 from .prefill_parts import PrefillParts
 from .set_attention import SetAttention
 
-__all__ = ["LayerChoice", "PrefillParts", "PrefillProgram", "QueryCapture"]
+__all__ = ["OWN_RANGE", "LayerChoice", "PrefillParts", "PrefillProgram", "QueryCapture"]
+
+OWN_RANGE = "retrolm"  # how a profiler tells the engine's operators from the stock model's
 
 
 class PrefillProgram:
@@ -48,8 +51,14 @@ class PrefillProgram:
         self._tensors: dict[tuple[int, torch.device], GroupTensors] = {}
 
     def project(self, layer: int, name: str, rows: Tensor, out: Tensor) -> Tensor | None:
-        if not self.num_bookmarks:
-            return None
+        with record_function(OWN_RANGE):
+            return self._project(layer, name, rows, out) if self.num_bookmarks else None
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
+        with record_function(OWN_RANGE):
+            return self._attend(LayerCall(layer, scale, softcap), q, k, v)
+
+    def _project(self, layer: int, name: str, rows: Tensor, out: Tensor) -> Tensor | None:
         marks = slice(-self.num_bookmarks, None)
         if name == "k_proj":
             self._content = self.parts.backbone.content_keys(layer, rows[:, marks], out[:, marks])
@@ -61,8 +70,8 @@ class PrefillProgram:
             self._content = self._content + delta
         return out
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
-        rope, call = self.parts.backbone.rope(layer), LayerCall(layer, scale, softcap)
+    def _attend(self, call: LayerCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        layer, rope = call.layer, self.parts.backbone.rope(call.layer)
         q, k = (unscaled(x[0].transpose(0, 1), rope.scaling, rope.rotary_dims) for x in (q, k))
         v = v[0].transpose(0, 1)
         N, Q = self.chunk.num_pages, self.chunk.width
@@ -116,6 +125,10 @@ class PrefillProgram:
         marks: tuple[Tensor, Tensor, Tensor],
     ) -> PageTensors:
         pages = PageTensors(layer, q_nQHD, k_nQKD, tensors.own_tokens, tensors.ordinals)
+        if self.parts.method.needs_rope:
+            rope, pages.page_size = self.parts.backbone.rope(layer), self.parts.config.page_size
+            rope.require((max(group.num_past) + 1) * pages.page_size + q_nQHD.shape[1])
+            pages.rope = rope.at
         if self.num_bookmarks:
             keys = marks[1]
             if self._content is not None and not self.parts.config.score_rope:
