@@ -104,6 +104,13 @@ def test_bench_prints_ours_beside_dense(desk: Desk) -> None:
     assert "Equality check passed" in outcome.err and "Beyond" not in outcome.err
 
 
+def test_bench_says_where_the_time_goes(desk: Desk) -> None:
+    outcome = run_cli("bench", *desk.options, *BENCH, "--profile")
+    assert outcome.code == 0 and "Reading 40 tokens, profiled" in outcome.out
+    shares = run_cli("bench", *desk.options, *BENCH, "--profile", "--json").json["operator_shares"]
+    assert sum(shares[room] for room in ("products", "attention", "stock", "own")) == pytest.approx(1.0)
+
+
 def test_bench_marks_lengths_beyond_the_window(desk: Desk) -> None:
     words = ["--lengths", "1100", "--repeats", "1", "--verify-tokens", "77", "--chunk-pages", "64"]
     assert "window of 1,024 tokens" in run_cli("bench", *desk.options, *words).err

@@ -38,6 +38,9 @@ def command(
         int | None, typer.Option(help="Don't run the stock model on longer texts.", show_default="no limit", min=0)
     ] = None,
     verify_tokens: Annotated[int, typer.Option(help="Tokens of the equality check that comes first.", min=1)] = 999,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also say which operators take the time of reading the shortest text.")
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="Also write the figures to this file, as JSON.")] = None,
     as_json: JsonFlag = False,
 ) -> int:
@@ -65,6 +68,8 @@ def command(
     report: dict[str, Any] = _head(lm, engine, verification)
     if verification.passed:
         report["rows"] = _run(lm, ids, repeats, engine.max_new_tokens, dense_limit)
+        if profile:
+            report["operator_shares"] = _shares(lm, min(ids, key=len))
     if output is not None:
         write_whole(output, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     if as_json:
@@ -131,6 +136,23 @@ def _run(
     return rows
 
 
+def _shares(lm: RetroLM, ids: Tensor) -> dict[str, Any]:
+    from ..engine.operator_shares import operator_shares
+
+    with waiting("Profiling …"):
+        return asdict(operator_shares(lm, ids))
+
+
+def _show_shares(shares: dict[str, Any]) -> None:
+    rooms = {"products": "matrix products", "attention": "attention", "stock": "rest of the stock layers", "own": "own"}
+    rows = [(label, f"{shares[room]:.1%}") for room, label in rooms.items()]
+    rows += [(f"  {name}", f"{share:.1%}") for name, share in shares["largest_own"].items()]
+    show_table(
+        ("operators", "share"), rows, title=f"Reading {count(shares['num_tokens'])} tokens, profiled", right=(1,)
+    )
+    note("The profiler slows small operators most, so the engine's own share is an upper bound.")
+
+
 def _show(report: dict[str, Any]) -> None:
     rows = [cells for row in report["rows"] for cells in _cells(row)]
     title = f"{report['model']}, {report['dtype']}, budget {count(report['config']['kv_budget'])}, {report['device']}"
@@ -142,6 +164,8 @@ def _show(report: dict[str, Any]) -> None:
     beyond = [count(row["num_tokens"]) for row in report["rows"] if row["num_tokens"] > window]
     if beyond:
         note(f"Beyond the model's window of {count(window)} tokens only dense's time counts: {', '.join(beyond)}.")
+    if "operator_shares" in report:
+        _show_shares(report["operator_shares"])
     hardware = report["hardware"]
     note(f"{hardware['cpu']}, threads: {hardware['num_threads']}{''.join(', ' + gpu for gpu in hardware['gpus'])}")
 
