@@ -81,8 +81,10 @@ def _open(base: str, questions: list[str], first_layer: str, model: str | None) 
     if first_layer not in FIRST_LAYERS:
         raise unknown("first layer", first_layer, FIRST_LAYERS)
     from ..knowledge_base.base import KnowledgeBase
+    from ..knowledge_base.read_ahead import read_ahead
 
     opened = KnowledgeBase.open(base, model)
+    read_ahead(model or str(opened.manifest.setup.get("weights_folder")))
     with waiting(f"Loading {snippet(model or str(opened.manifest.setup.get('model')), 60)} …"):
         from ..engine.quiet import silence_libraries
 

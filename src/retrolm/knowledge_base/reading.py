@@ -129,8 +129,8 @@ def store_text(read: ReadText, folder: Path) -> dict[str, FileEntry]:
         read.table.lengths.numpy().astype(np.int32),
         np.array(read.spans, np.int64).reshape(-1, 2),
         np.array([token for page in read.pages for token in page], np.int32),
-        {layer: to_array(_digests(read, layer)) for layer in read.encoder.parts.digests.layers()},
-        {layer: to_array(_mean_keys(read, layer)) for layer in _unscored(read)},
+        {layer: to_array(digests_of(read, layer)) for layer in read.encoder.parts.digests.layers()},
+        {layer: to_array(rows) for layer, rows in mean_keys_of(read).items()},
     ).write(folder / INDEX_FILE)
     with DurableFile(folder / TEXT_FILE) as text:
         text.write(read.text.encode())
@@ -161,13 +161,24 @@ def _on_device(read: ReadText, layer: int, ids: Tensor, stored: bool) -> tuple[T
     return store.stored(layer, ids) if stored else store.read(layer, ids)
 
 
-def _digests(read: ReadText, layer: int) -> Tensor:
+def digests_of(read: ReadText, layer: int) -> Tensor:
+    """Digests of all pages in one layer, [P, E]."""
     device = read.encoder.parts.store.layout.devices[layer]
     return read.encoder.parts.digests.read(layer, read.table.ids.to(device))
 
 
+def stored_pages(read: ReadText, layer: int) -> bytes:
+    """The records of all pages in one layer."""
+    return record_bytes(*_on_device(read, layer, read.table.ids, stored=True))
+
+
+def mean_keys_of(read: ReadText) -> dict[int, Tensor]:
+    """Mean keys [P, E] of the first layers that choose without scores: composed answers may want them there."""
+    return {layer: _mean_keys(read, layer) for layer in _unscored(read)}
+
+
 def _unscored(read: ReadText) -> list[int]:
-    """First layers that choose without scores: composed answers may want mean keys there."""
+    """First layers that choose without scores."""
     config, backbone = read.encoder.parts.config, read.encoder.parts.backbone
     if config.first_layer_mode == "mean_key":
         return []

@@ -43,6 +43,7 @@ def setup_of(lm: RetroLM, model: RetroLM | str | Path, options: dict[str, Any]) 
         paths["retriever"] = None  # untrained on purpose, where nothing said means "auto"
     return {
         "model": _absolute(name),
+        "weights_folder": _weights_folder(name),
         **own,
         **paths,
         "dtype": str(lm.backbone.dtype).removeprefix("torch."),
@@ -71,6 +72,17 @@ def described(layout: PageLayout) -> dict[str, Any]:
         "dtype": str(layout.dtype).removeprefix("torch."),
         "bits": layout.bits,
     }
+
+
+def _weights_folder(name: str) -> str:
+    """Where the weights lie, so that they can be fetched early; "" if that isn't known."""
+    from ..engine.pull import resolve_model
+
+    try:
+        folder = resolve_model(name)
+    except UserError:
+        return ""
+    return str(Path(folder).absolute()) if Path(folder).is_dir() else ""
 
 
 def _absolute(name: str) -> str:
