@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from retrolm.config import RetroConfig
+from retrolm.engine.answering import Prompt
 from retrolm.engine.model import RetroLM
 from retrolm.errors import UserError
 from retrolm.methods import METHODS, PageTensors, choose_pages, page_method
@@ -18,6 +20,13 @@ from tiny_models import random_ids, tiny_model
 
 N, W, H, K, D = 5, 6, 6, 2, 8
 PAGE_METHODS = [name for name in METHODS if METHODS.get(name).kind == "pages"]
+
+
+def rope(positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cos and sin [..., D] of plain RoPE."""
+    angles = positions[..., None].double() * 100.0 ** -(torch.arange(D // 2) * 2 / D)
+    angles = torch.cat([angles, angles], -1)
+    return angles.cos(), angles.sin()
 
 
 def page_tensors(dtype: torch.dtype = torch.float64) -> PageTensors:
@@ -32,6 +41,7 @@ def page_tensors(dtype: torch.dtype = torch.float64) -> PageTensors:
         bookmark_q_NHD=torch.randn(N, H, D, dtype=torch.float64).to(dtype),
         bookmark_k_NKD=torch.randn(N, K, D, dtype=torch.float64).to(dtype),
     )
+    pages.rope, pages.page_size = rope, W
     for page, length in enumerate(pages.lengths.tolist()):
         pages.q_NWHD[page, length:] = torch.nan
         pages.k_NWKD[page, length:] = torch.nan
@@ -119,7 +129,7 @@ def test_methods_differ() -> None:
 def test_unknown_method() -> None:
     with pytest.raises(UserError, match=r"Unknown method 'retrolmm'.* Did you mean 'retrolm'"):
         METHODS.get("retrolmm")
-    with pytest.raises(UserError, match="'full' doesn't choose pages.*mean_key"):
+    with pytest.raises(UserError, match=r"'full' doesn't choose pages.*mean_key"):
         page_method("full")
 
 
@@ -157,3 +167,78 @@ def test_choices_equal_a_full_sort(data: st.DataObject) -> None:
         expected = choose_by_hand(scores[row], num_past[row], room[row], num_sink, num_local, pinned)
         chosen = found[row].tolist()
         assert chosen == [-1] * (len(chosen) - len(expected)) + expected
+
+
+# --- indexes that look at attention -----------------------------------------------------------------------------------
+
+
+def turned(row: Tensor, position: int) -> list[float]:
+    """A row [D] after RoPE, written out."""
+    found = [0.0] * D
+    for i in range(D // 2):
+        angle = position * 100.0 ** -(2 * i / D)
+        a, b = float(row[i]), float(row[i + D // 2])
+        found[i] = a * math.cos(angle) - b * math.sin(angle)
+        found[i + D // 2] = a * math.sin(angle) + b * math.cos(angle)
+    return found
+
+
+def softmax(logits: dict[tuple[int, int], float]) -> dict[tuple[int, int], float]:
+    most = max(logits.values())
+    total = sum(math.exp(x - most) for x in logits.values())
+    return {at: math.exp(x - most) / total for at, x in logits.items()}
+
+
+def attention(pages: PageTensors, head: int, query: tuple[int, int], seen: list[tuple[int, int]]) -> dict[Any, float]:
+    """Weights of one query (page, row) on rows of pages, at true places."""
+    q = turned(pages.q_NWHD[query][head], query[0] * W + query[1])
+    logits = {}
+    for page, row in seen:
+        k = turned(pages.k_NWKD[page, row, head // (H // K)], page * W + row)
+        logits[page, row] = sum(x * y for x, y in zip(q, k, strict=True)) / math.sqrt(D)
+    return softmax(logits)
+
+
+def test_the_oracle_is_the_attention_that_pages_would_get() -> None:
+    pages = page_tensors()
+    lengths, found = pages.lengths.tolist(), scores_of("oracle", pages)
+    for asking in range(N):
+        mass = [0.0] * N
+        past = [(page, row) for page in range(asking) for row in range(lengths[page])]
+        for head in range(H):
+            for row in range(lengths[asking]):
+                seen = [*past, *((asking, own) for own in range(row + 1))]
+                for (page, _), weight in attention(pages, head, (asking, row), seen).items():
+                    mass[page] += weight / H / lengths[asking]
+        for page in range(N):
+            expected = mass[page] if page < asking else 0.0
+            assert math.isclose(float(found[asking, page]), expected, abs_tol=1e-6)
+
+
+def test_representatives_are_the_tokens_that_get_most_attention() -> None:
+    pages = page_tensors()
+    method = page_method("infllm_pages").with_options({"repr_top_k": 2})
+    found = method.score(method.probe(pages), method.digest(pages))
+    for page, length in enumerate(pages.lengths.tolist()):
+        digest = []
+        for head in range(H):
+            marks = [0.0] * length
+            for row in range(length):
+                for (_, seen), weight in attention(
+                    pages, head, (page, row), [(page, j) for j in range(row + 1)]
+                ).items():
+                    marks[seen] += weight
+            best = sorted(range(length), key=lambda j: marks[j], reverse=True)[:2]
+            digest.append(pages.k_NWKD[page, best, head // (H // K)].mean(0))
+        for asking, own in enumerate(pages.lengths.tolist()):
+            expected = (pages.q_NWHD[asking, :own].mean(0) * torch.stack(digest)).sum()
+            assert math.isclose(float(found[asking, page]), float(expected), abs_tol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["oracle", "infllm_pages"])
+def test_questions_longer_than_a_page_can_be_asked(name: str) -> None:
+    lm = RetroLM(tiny_model("llama"), config=RetroConfig(kv_budget=48, page_size=8), method=name)
+    lm.eos_ids = ()
+    prompt = Prompt((), tuple(random_ids(100).tolist()), tuple(random_ids(19, seed=1).tolist()))
+    (answer,) = lm.answer([prompt], max_new_tokens=3, do_sample=False, eos_token_id=None)
+    assert len(answer.token_ids) == 3 and answer.attended_tokens["prefill"] <= 48

@@ -135,7 +135,9 @@ def prompt_answer(lm: RetroLM, outcome: Outcome) -> Answer:
     num_layers = lm.backbone.num_layers
     nothing = Retrieval(torch.empty(num_layers, 0, dtype=torch.int64), torch.empty(num_layers, 0), ())
     return Answer(
-        text=lm.tokenizer.decode(outcome.token_ids, skip_special_tokens=True).strip() if lm.tokenizer else "",
+        text=lm.tokenizer.decode(outcome.token_ids, skip_special_tokens=True).strip()
+        if lm.tokenizer is not None
+        else "",
         token_ids=tuple(outcome.token_ids),
         retrieval=nothing,
         attended_tokens=_attended(lm, outcome),

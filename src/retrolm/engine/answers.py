@@ -13,10 +13,10 @@ from .results import Answer, PageUse, Retrieval, Timings
 
 def build_answer(document: Document, query: Query) -> Answer:
     """The answer to one query of `document`."""
-    tokens = query.generated
+    tokens, tokenizer = query.generated, document.lm.tokenizer
     stored = document.encoder.parts.store.bytes()
     return Answer(
-        text=document.lm.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+        text=tokenizer.decode(tokens, skip_special_tokens=True).strip() if tokenizer is not None else "",
         token_ids=tuple(tokens),
         retrieval=build_retrieval(document, query.table, query.choices),
         attended_tokens=_attended(document, query),

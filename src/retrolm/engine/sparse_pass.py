@@ -265,6 +265,10 @@ class SparseProgram:
         lengths = torch.tensor(self.pages.lengths, device=q.device)
         queries = self.pages.left_aligned(self.pages.paged(q[:T]))
         pages = PageTensors(layer, queries, self.pages.left_aligned(keys), lengths, ordinals)
+        if self._method.needs_rope:
+            table, pages.page_size = self._backbone.rope(layer), self.pages.page_size
+            table.require(len(ordinals) * pages.page_size + queries.shape[1])
+            pages.rope = table.at
         if self.num_bookmarks:
             pages.bookmark_q_NHD, pages.bookmark_k_NKD = q[T:], k[T:]
             if self._content is not None and not self._config.score_rope:

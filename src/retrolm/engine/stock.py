@@ -73,7 +73,7 @@ def stock_answers(
     steps = max(out.shape[1] - width - 1, 1)
     return [
         StockAnswer(
-            text=lm.tokenizer.decode(tokens, skip_special_tokens=True).strip() if lm.tokenizer else "",
+            text=lm.tokenizer.decode(tokens, skip_special_tokens=True).strip() if lm.tokenizer is not None else "",
             token_ids=tuple(tokens),
             num_attended=len(ids) + max(len(tokens) - 1, 0),
             ttft_s=first.at - started,

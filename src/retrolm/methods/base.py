@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -27,6 +27,7 @@ from ..errors import RetroLMError, UserError
 from ..registry import Registry
 from .knobs import NoKnobs, build_knobs
 
+Rope = Callable[[Tensor], tuple[Tensor, Tensor]]
 Kind = Literal["pages", "tokens", "prune", "dense", "rag"]
 
 
@@ -127,6 +128,7 @@ class PageTensors:
         bookmark_q_NHD, bookmark_k_NKD: the bookmarks' rows, if the method asks for bookmarks; keys without the
             constant bias of the projection, except under `score_rope`.
         page_cos, page_sin: RoPE tables at each page's true start, [N, R]; only if `score_rope` is on.
+        rope, page_size: positions int64 [...] → cos, sin [..., R], and the room of a page; only if the method asks.
     """
 
     layer: int
@@ -138,6 +140,8 @@ class PageTensors:
     bookmark_k_NKD: Tensor | None = None
     page_cos: Tensor | None = None
     page_sin: Tensor | None = None
+    rope: Rope | None = None
+    page_size: int = 0
 
 
 class PageMethod(Method, ABC):
@@ -155,6 +159,7 @@ class PageMethod(Method, ABC):
     positions = "compact: the gathered pages stand at 0, 1, 2, …, the current page behind them"
     exact_when = "kv_budget ≥ text and question"
     config_fields = None
+    needs_rope: ClassVar[bool] = False  # whether it wants `rope` and `page_size`
     digest_is_place: ClassVar[bool] = False  # whether `digest` looks at `ordinals` alone
 
     @abstractmethod

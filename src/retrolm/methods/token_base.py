@@ -12,7 +12,6 @@ dim; J is 1 where all heads share a choice, else K; M rows of marks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -20,9 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .base import Method
-
-Rope = Callable[[Tensor], tuple[Tensor, Tensor]]
+from .base import Method, Rope
 
 
 @dataclass

@@ -56,7 +56,7 @@ def score_pages(
 
     def observe(layer: int, q_BTHD: Tensor, k_BTKD: Tensor) -> None:
         for name in indexes:
-            found[name].append(_index_scores(name, layer, batch, q_BTHD[0], k_BTKD[0]))
+            found[name].append(_index_scores(lm, name, layer, batch, q_BTHD[0], k_BTKD[0]))
         attention(layer, q_BTHD, k_BTKD)
 
     dense = dense_pass(lm.backbone, lm.attachment, batch, observe)
@@ -64,18 +64,22 @@ def score_pages(
     scores[ORACLE] = torch.stack([attention.mass[layer][0] for layer in range(lm.backbone.num_layers)])
     for name, retriever in {UNTRAINED: None, **retrievers}.items():
         bookmark = lm.untrained_bookmark() if retriever is None else retriever.embedding
-        states = bookmark_stream(lm.backbone, lm.attachment, retriever, bookmark, batch, dense)
+        states = bookmark_stream(lm.backbone, lm.attachment, retriever, bookmark, batch, dense, lm.config)
         scores[name] = torch.stack([page_scores(states, layer)[0, 0] for layer in range(lm.backbone.num_layers)])
     return {name: value.float().cpu() for name, value in scores.items()}
 
 
-def _index_scores(name: str, layer: int, batch: PageBatch, q_THD: Tensor, k_TKD: Tensor) -> Tensor:
+def _index_scores(lm: RetroLM, name: str, layer: int, batch: PageBatch, q_THD: Tensor, k_TKD: Tensor) -> Tensor:
     """Scores [P] of a training-free page index."""
     method = METHODS.get(name)()
     assert isinstance(method, PageMethod)
     starts, lengths = batch.starts_BM[0], batch.lengths_BM[0]
     pages = _page_tensors(layer, q_THD, k_TKD, starts[:-1], lengths[:-1], first=0)
     question = _page_tensors(layer, q_THD, k_TKD, starts[-1:], lengths[-1:], first=len(starts) - 1)
+    rope = lm.backbone.rope(layer)
+    rope.require((len(starts) + 1) * lm.config.page_size + int(lengths.max()))
+    for part in (pages, question):
+        part.rope, part.page_size = rope.at, lm.config.page_size
     return method.score(method.probe(question), method.digest(pages))[0].float()
 
 
