@@ -33,6 +33,19 @@ class Passage:
     score: float
     layers: tuple[int, ...]
 
+    def describe(self) -> dict[str, Any]:
+        """All but the text, JSON types only; the document's own fields first."""
+        return {
+            **self.metadata,
+            "document": self.document,
+            "source": self.source,
+            "page": self.page,
+            "start_char": self.start_char,
+            "end_char": self.end_char,
+            "score": self.score,
+            "layers": list(self.layers),
+        }
+
 
 @dataclass(frozen=True)
 class KnowledgeAnswer:
