@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..ops.rotary import unscaled
+from ..config import RetroConfig
+from ..ops.rotary import rotate, unscaled
 from ..retriever import PageRetriever
 from .attachment import Attachment
 from .backbone import Backbone
@@ -22,7 +23,11 @@ from .page_batch import PageBatch
 
 @dataclass
 class BookmarkStates:
-    """Bookmark queries and keys by layer before RoPE: [B, M, H, D] and [B, M, K, D] (constant key bias removed)."""
+    """Bookmark queries and keys by layer, as they are scored: [B, M, H, D] and [B, M, K, D].
+
+    They are before RoPE and without the constant key bias; under `score_rope` (D3) rotated to their page's true place
+    and with it.
+    """
 
     queries: list[Tensor] = field(default_factory=list)
     keys: list[Tensor] = field(default_factory=list)
@@ -32,13 +37,19 @@ class BookmarkProgram:
     """Forward pass of bookmark rows alone (a `Program`); differentiable in the retriever."""
 
     def __init__(
-        self, backbone: Backbone, retriever: PageRetriever | None, batch: PageBatch, dense: DenseStates
+        self,
+        backbone: Backbone,
+        retriever: PageRetriever | None,
+        batch: PageBatch,
+        dense: DenseStates,
+        config: RetroConfig,
     ) -> None:
         self._backbone = backbone
+        self._places_BM = _page_places(batch) * config.page_size if config.score_rope else None
         self._retriever = retriever
         self._dense = dense
         B, T = batch.tokens_BT.shape
-        self._num_sink = _num_sink(batch)
+        self._num_sink = _num_sink(batch) if config.bookmark_span == "sink_page" else 0
         is_sink = torch.zeros_like(batch.lengths_BM, dtype=torch.bool)
         is_sink[:, 0] = batch.num_prefix == 0
         self._is_sink = is_sink.flatten()
@@ -62,8 +73,14 @@ class BookmarkProgram:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
         rope = self._backbone.rope(layer)
         q, k = (unscaled(x, rope.scaling, rope.rotary_dims).transpose(1, 2) for x in (q, k))
-        self.states.queries.append(q)
-        self.states.keys.append(k if self._content is None else self._content.reshape(k.shape))
+        if self._places_BM is None:
+            self.states.queries.append(q)
+            self.states.keys.append(k if self._content is None else self._content.reshape(k.shape))
+        else:
+            rope.require(int(self._places_BM.max()) + 1)
+            cos, sin = (table[:, :, None] for table in rope.at(self._places_BM))
+            self.states.queries.append(rotate(q, cos, sin))
+            self.states.keys.append(rotate(k, cos, sin))
         keys, values = self._dense.keys[layer], self._dense.values[layer]
         own_k, own_v = (x.flatten(0, 1)[self._own] for x in (keys, values))
         B, M = q.shape[:2]
@@ -93,6 +110,14 @@ def _num_sink(batch: PageBatch) -> int:
     return batch.num_prefix or int(first_B[0])
 
 
+def _page_places(batch: PageBatch) -> Tensor:
+    """Which page of its sequence each page is, [B, M]; every question stands behind the text's last page."""
+    num_text = batch.text_lengths.shape[1]
+    columns = torch.arange(batch.lengths_BM.shape[1], device=batch.lengths_BM.device)
+    num_pages_B1 = (batch.text_lengths > 0).sum(1, keepdim=True)
+    return torch.where(columns < num_text, columns, num_pages_B1)
+
+
 def bookmark_stream(
     backbone: Backbone,
     attachment: Attachment,
@@ -100,15 +125,17 @@ def bookmark_stream(
     bookmark: Tensor,
     batch: PageBatch,
     dense: DenseStates,
+    config: RetroConfig | None = None,
 ) -> BookmarkStates:
     """Run one bookmark per page.
 
     Args:
         retriever: None = untrained copies. bookmark: embedding [hidden].
         dense: the frozen pass over the same batch.
+        config: `bookmark_span` and `score_rope` are honoured (D13, D3); None = the defaults.
     """
     backbone.require_positions(_num_sink(batch) + int(batch.lengths_BM.max()) + 2)
-    program = BookmarkProgram(backbone, retriever, batch, dense)
+    program = BookmarkProgram(backbone, retriever, batch, dense, config or RetroConfig())
     B, M = batch.lengths_BM.shape
     with attachment.run(program):
         backbone.decoder(
@@ -121,8 +148,13 @@ def bookmark_stream(
 
 def page_scores(states: BookmarkStates, layer: int, num_questions: int = 1) -> Tensor:
     """Scores of the text pages for each query page, float32 [B, Q, P] (paper eq 6; D3-D5)."""
+    return head_scores(states, layer, num_questions).sum(0)
+
+
+def head_scores(states: BookmarkStates, layer: int, num_questions: int = 1) -> Tensor:
+    """The part of each KV head in `page_scores`, float32 [K, B, Q, P]."""
     q_BQHD = states.queries[layer][:, -num_questions:].float()
     k_BPKD = states.keys[layer][:, :-num_questions].float()
     H, D = q_BQHD.shape[2:]
     q_BQKD = q_BQHD.unflatten(2, (k_BPKD.shape[2], -1)).sum(3)
-    return torch.einsum("bqkd,bpkd->bqp", q_BQKD, k_BPKD) * (H * D) ** -0.5
+    return torch.einsum("bqkd,bpkd->kbqp", q_BQKD, k_BPKD) * (H * D) ** -0.5

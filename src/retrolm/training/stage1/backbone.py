@@ -16,7 +16,13 @@ def load_backbone(recipe: Stage1Recipe) -> RetroLM:
     train = recipe.train
     smallest = MIN_BUDGET_PAGES * train.page_size
     lm = RetroLM.from_pretrained(
-        train.model, retriever=None, dtype=train.dtype, page_size=train.page_size, kv_budget=smallest
+        train.model,
+        retriever=None,
+        dtype=train.dtype,
+        page_size=train.page_size,
+        kv_budget=smallest,
+        bookmark_span=train.bookmark_span,
+        score_rope=train.score_rope,
     )
     check_window(recipe, lm)
     lm.detach()

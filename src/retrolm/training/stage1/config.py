@@ -40,6 +40,11 @@ class Stage1TrainConfig:
             with large scores don't dominate the mean.
         learn_temperature: let each layer's scale be trained further (it changes no ranking).
         num_skip_layers: layers without a loss of their own, counted from the first (D7).
+        bookmark_span, score_rope: as in `RetroConfig` (D13, D3); an engine must be set up alike to use the retriever.
+        select_by: "layer" = one choice for all heads; "kv_head" = each KV head scores and is trained by itself (D4),
+            which no engine offers yet: for ablations.
+        num_local_pages: most recent pages that recall takes as attended anyway (D9).
+        recall_pages: pages of which recall asks whether one holds the evidence.
         seed: initial deltas.
         log_every, save_every, dev_every: steps between log lines, checkpoints and dev recall (0 = never).
         dev_samples: held-out samples per dev round. num_workers: processes that build samples.
@@ -66,6 +71,11 @@ class Stage1TrainConfig:
     calibrate: bool = True
     learn_temperature: bool = True
     num_skip_layers: int = 1
+    bookmark_span: Literal["sink_page", "page"] = "sink_page"
+    score_rope: bool = False
+    select_by: Literal["layer", "kv_head"] = "layer"
+    num_local_pages: int = 1
+    recall_pages: int = 8
     seed: int = 0
     log_every: int = 20
     save_every: int = 200
@@ -76,10 +86,26 @@ class Stage1TrainConfig:
     def __post_init__(self) -> None:
         check_types(self)
         check_choices(self)
-        for name in ("page_size", "num_steps", "tokens_per_batch", "accumulate", "log_every", "dev_samples"):
+        for name in (
+            "page_size",
+            "num_steps",
+            "tokens_per_batch",
+            "accumulate",
+            "log_every",
+            "dev_samples",
+            "recall_pages",
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)!r}.")
-        for name in ("rank", "num_skip_layers", "save_every", "dev_every", "num_workers", "weight_decay"):
+        for name in (
+            "rank",
+            "num_skip_layers",
+            "num_local_pages",
+            "save_every",
+            "dev_every",
+            "num_workers",
+            "weight_decay",
+        ):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative, got {getattr(self, name)!r}.")
         for name in ("lr", "embedding_lr", "temperature_lr", "beta2"):

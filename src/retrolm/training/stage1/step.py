@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...engine.bookmark_stream import bookmark_stream, page_scores
+from ...engine.bookmark_stream import BookmarkStates, bookmark_stream, head_scores
 from ...engine.dense_pass import dense_pass
 from ...engine.model import RetroLM
 from ...engine.page_attention import PageAttention
@@ -25,7 +25,7 @@ class StepResult:
     Attributes:
         loss: mean over layers and samples, to be differentiated.
         spreads_L: standard deviation of the raw scores, mean over samples.
-        hits_LN: whether a layer's 8 best free pages hold a question's evidence: 1, 0, or NaN where it doesn't count.
+        hits_LN: whether a layer's best free pages hold a question's evidence: 1, 0, or NaN where it doesn't count.
     """
 
     loss: Tensor
@@ -57,19 +57,32 @@ class Stage1Step(nn.Module):
             attention = PageAttention(lm.backbone, batch.pages, self.layers)
         dense = dense_pass(lm.backbone, lm.attachment, batch.pages, attention)
         states = bookmark_stream(
-            lm.backbone, lm.attachment, self.retriever, self.retriever.embedding, batch.pages, dense
+            lm.backbone, lm.attachment, self.retriever, self.retriever.embedding, batch.pages, dense, lm.config
         )
-        places = batch.sequence_N, batch.query_N
-        raw = [page_scores(states, layer, batch.pages.num_questions)[places] for layer in self.layers]
-        losses = [self._loss(index, scores, batch, attention) for index, scores in enumerate(raw)]
-        known = [scores.detach() for scores in raw]
+        raw = [self._scores(states, layer, batch) for layer in self.layers]
+        losses = [self._loss(index, scores, batch, attention) for index, heads in enumerate(raw) for scores in heads]
+        known = [heads.detach() for heads in raw]
         there = (batch.pages.text_lengths > 0)[batch.sequence_N]
-        free = free_pages(batch.pages)[batch.sequence_N]
         return StepResult(
             torch.stack(losses).mean(),
-            torch.stack([_spread(scores, there) for scores in known]),
-            torch.stack([layer_hits(scores, batch.positive_NP, free) for scores in known]),
+            torch.stack([torch.stack([_spread(scores, there) for scores in heads]).mean() for heads in known]),
+            torch.stack([self._hits(heads, batch) for heads in known]),
         )
+
+    def _scores(self, states: BookmarkStates, layer: int, batch: Stage1Batch) -> Tensor:
+        """Page scores of every question: [1, N, P], or one set per KV head [K, N, P]."""
+        places = batch.sequence_N, batch.query_N
+        heads_KBQP = head_scores(states, layer, batch.pages.num_questions)
+        if self._train_config.select_by == "layer":
+            heads_KBQP = heads_KBQP.sum(0, keepdim=True)
+        return heads_KBQP[:, *places]
+
+    def _hits(self, heads_KNP: Tensor, batch: Stage1Batch) -> Tensor:
+        """Whether the best free pages hold the evidence, [N]; a share where KV heads choose by themselves."""
+        train = self._train_config
+        free = free_pages(batch.pages, train.num_local_pages)[batch.sequence_N]
+        hits = [layer_hits(scores, batch.positive_NP, free, train.recall_pages) for scores in heads_KNP]
+        return torch.stack(hits).mean(0)
 
     @torch.no_grad()
     def calibrate(self, spreads_L: Tensor) -> None:
