@@ -136,7 +136,8 @@ def test_data(bench: Path, tmp_path: Path) -> None:
     run_cli(*words, "--out", tmp_path / "two")
     names = ("train.jsonl.gz", "held_out.jsonl.gz")
     assert all((tmp_path / "one" / n).read_bytes() == (tmp_path / "two" / n).read_bytes() for n in names)
-    texts = [json.loads(line)["text"] for n in names for line in gzip.open(tmp_path / "one" / n, "rt")]
+    lines = [line for n in names for line in gzip.decompress((tmp_path / "one" / n).read_bytes()).splitlines()]
+    texts = [json.loads(line)["text"] for line in lines]
     whole = [json.loads(line)["text"] for line in (bench / "books.jsonl").read_text().splitlines()]
     assert len(texts) == 10 and all(any(text in book for book in whole) for text in texts)
     assert max(len(text) for text in texts[:7]) == 900
