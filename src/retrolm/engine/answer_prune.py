@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..methods.prune_base import PruneMethod
 from .answering import PROGRAMS, Outcome, Prompt, PromptProgram, prompt_answer
 from .prune import Pruned, generate_pruned
@@ -28,7 +29,16 @@ class PruneProgram(PromptProgram):
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor) -> Tensor:
-        """The stock model's: the prompt is read with dense attention, and pruned only behind it."""
+        """The stock model's, which are the method's where the budget holds the text.
+
+        Raises `UserError` for a longer one: it is pruned behind its end, so that nothing of the method would show.
+        """
+        method, budget = self.lm.method, self.lm.config.kv_budget
+        if len(input_ids) > budget:
+            raise UserError(
+                f"{method.name} prunes a prompt once it is read, so the logits of {len(input_ids)} tokens at "
+                f"kv_budget={budget} would be the stock model's. Generate an answer, or use a budget of that size."
+            )
         found: Tensor = self.lm.model(input_ids[None].to(self.lm.device)).logits[0]
         return found
 

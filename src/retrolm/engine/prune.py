@@ -69,33 +69,29 @@ def generate_pruned(
         return [generate_pruned(lm, method, [prompt], **settings)[0] for prompt in prompts]
     checked = GenerateOptions(lm.model, options, lm.eos_ids, lm.pad_id, lm.tokenizer)
     width = _width(lm, method, max(len(prompt.ids) for prompt in prompts), max_new_tokens)
-    started, first = time.perf_counter(), FirstToken()
-    cache = KeptCache()
-    program = PrunePass(lm.backbone, method, cache, prompts, kv_budget)
     input_ids, mask = left_padded([prompt.ids for prompt in prompts], lm.pad_id, width)
-    call = checked.call(max_new_tokens, first, checked.streamer)
-    with lm.attachment.run(program):
+    cache, first, started = KeptCache(), FirstToken(), time.perf_counter()
+    seen = PrunePass(lm.backbone, method, cache, prompts, kv_budget)
+    call = checked.call(max_new_tokens, first, None)
+    with lm.attachment.run(seen):
         out = lm.model.generate(
             input_ids=input_ids.to(lm.device),
             attention_mask=mask.to(lm.device).long(),
             past_key_values=cache,
             **call.arguments,
         )
-    finished = time.perf_counter()
+    finished, new = time.perf_counter(), out[:, width:].tolist()
+    timings = Timings(0.0, first.at - started, (finished - first.at) / max(len(new[0]) - 1, 1))
     stops = [max(at - width, 0) for at in call.stop.lengths] or [0] * len(prompts)
-    rows = [ended(row, checked.eos_ids, stop) for row, stop in zip(out[:, width:].tolist(), stops, strict=True)]
-    timings = Timings(0.0, first.at - started, (finished - first.at) / max(out.shape[1] - width - 1, 1))
-    return [
-        Pruned(
-            token_ids=tokens,
-            ended=over,
-            kept=[layer[sample] for layer in program.kept],
-            attended=[[layer[sample] for layer in step] for step in program.attended[: max(len(tokens) - 1, 0)]],
-            kv_bytes=cache.num_bytes // len(prompts),
-            timings=timings,
-        )
-        for sample, (tokens, over) in enumerate(rows)
-    ]
+    rows = [ended(row, checked.eos_ids, stop) for row, stop in zip(new, stops, strict=True)]
+    share = cache.num_bytes // len(prompts)
+    return [_pruned(seen, sample, *row, share, timings) for sample, row in enumerate(rows)]
+
+
+def _pruned(seen: PrunePass, sample: int, tokens: list[int], over: bool, kv_bytes: int, timings: Timings) -> Pruned:
+    steps = seen.attended[: max(len(tokens) - 1, 0)]
+    attended = [[layer[sample] for layer in step] for step in steps]
+    return Pruned(tokens, over, [layer[sample] for layer in seen.kept], attended, kv_bytes, timings)
 
 
 def _width(lm: RetroLM, method: PruneMethod, num_tokens: int, num_new: int) -> int:
