@@ -3,38 +3,61 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from retrolm.config import RetroConfig
+from retrolm.engine.answering import Prompt
 from retrolm.engine.model import RetroLM
 from retrolm.methods import METHODS
-from tiny_models import random_ids, tiny_model
+from tiny_models import random_ids, stock_logits, tiny_model
 
 DOCS = Path(__file__).parent.parent / "docs"
 
 
 @pytest.fixture
-def key_norm() -> Iterator[None]:
-    code = re.findall(r"```python\n(.*?)```", (DOCS / "add_a_method.md").read_text(encoding="utf-8"), re.DOTALL)
+def documented() -> Iterator[None]:
+    """The methods of the page, registered for one test."""
+    text = (DOCS / "add_a_method.md").read_text(encoding="utf-8")
     before = dict(METHODS._entries)
-    namespace: dict[str, Any] = {}
-    exec(compile(code[0], "add_a_method.md", "exec"), namespace)
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        module = types.ModuleType("documented_method")
+        sys.modules[module.__name__] = module  # where dataclasses look up their module
+        exec(compile(code, "add_a_method.md", "exec"), vars(module))
     yield
+    sys.modules.pop("documented_method", None)
     METHODS._entries.clear()
     METHODS._entries.update(before)
 
 
-def test_the_documented_method_selects_within_the_budget(key_norm: None) -> None:
+@pytest.mark.parametrize("name", ["key_norm", "strided"])
+def test_the_documented_methods_select_within_the_budget(documented: None, name: str) -> None:
     model, ids = tiny_model("llama"), random_ids(100)
-    lm = RetroLM(model, config=RetroConfig(kv_budget=32, page_size=8), method="key_norm")
+    lm = RetroLM(model, config=RetroConfig(kv_budget=32, page_size=8), method=name)
     recent = RetroLM(model, config=RetroConfig(kv_budget=32, page_size=8), method="recency")
     assert lm.logits(ids).shape[0] == 100
     assert not torch.equal(lm.logits(ids), recent.logits(ids))
+    prompt = Prompt((), tuple(ids[:90].tolist()), tuple(ids[90:].tolist()))
+    (answer,) = lm.answer([prompt], max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert 16 < answer.attended_tokens["prefill"] <= 32
+    assert METHODS.get(name).describe()["name"] == name
+
+
+def test_the_documented_token_method_is_exact_where_it_says(documented: None) -> None:
+    model, ids = tiny_model("llama"), random_ids(60)
+    lm = RetroLM(model, config=RetroConfig(kv_budget=128, page_size=8), method="strided")
+    assert (lm.logits(ids) - stock_logits(model, ids)).abs().max() < 1e-5
+
+
+def test_documented_methods_are_short() -> None:
+    text = (DOCS / "add_a_method.md").read_text(encoding="utf-8")
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        assert len([line for line in code.splitlines() if line.strip()]) <= 30
 
 
 def test_links_between_pages_lead_somewhere() -> None:
