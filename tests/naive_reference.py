@@ -30,11 +30,15 @@ class NaiveOptions:
     bookmark_span: str = "sink_page"
     score_rope: bool = False
     causal_selection: bool = False
+    selection_scope: str = "layer"
 
 
 @dataclass
 class NaivePage:
-    """One page: its tokens, what its bookmark may see of them, and by layer its keys, values and bookmark rows."""
+    """One page: its tokens, what its bookmark may see of them, and by layer its keys, values and bookmark rows.
+
+    `selected` holds the pages that any head attends, `by_head` those of each KV head.
+    """
 
     tokens: list[int]
     seen_by_bookmark: int
@@ -47,6 +51,7 @@ class NaivePage:
     bookmark_query: list[Vectors] = field(default_factory=list)
     bookmark_key: list[Vectors] = field(default_factory=list)
     selected: list[list[int]] = field(default_factory=list)
+    by_head: list[list[list[int]]] = field(default_factory=list)
     scores: list[list[float]] = field(default_factory=list)
     logits: np.ndarray = field(default_factory=lambda: np.empty(0))
 
@@ -106,7 +111,8 @@ class NaiveRetroLM:
         page.mean_query.append(queries[:seen].mean(0))
         page.bookmark_query.append(mark_query[0])
         page.bookmark_key.append(mark_key[0])
-        page.selected.append(self._select(index, page))
+        page.by_head.append([self._select(index, page, head) for head in range(self.kv_heads)])
+        page.selected.append(sorted({i for chosen in page.by_head[index] for i in chosen}))
         out = self._attend_normal(index, page, queries)
         out_mark = self._attend_bookmark(index, page, mark_query[0], mark_key[0], mark_value[0])
         return self._finish(layer, normal, out), self._finish(layer, mark, out_mark)
@@ -152,14 +158,14 @@ class NaiveRetroLM:
         num_layers = self.config.num_hidden_layers
         return self._window(index) is not None and any(self._window(i) is None for i in range(num_layers))
 
-    def _select(self, index: int, page: NaivePage) -> list[int]:
+    def _select(self, index: int, page: NaivePage, kv_head: int) -> list[int]:
         past = list(range(len(self.pages)))
         options = self.options
+        if kv_head == 0:
+            page.scores.append([] if self._keeps_window(index) else self._scores(index, page, past, None))
         if self._keeps_window(index):
-            page.scores.append([])
             return past
-        scores = self._scores(index, page, past)
-        page.scores.append(scores)
+        scores = self._scores(index, page, past, kv_head if options.selection_scope == "head" else None)
         own = page.seen_by_bookmark if options.strict_budget else 0
         if page.start + own <= options.kv_budget:
             return past
@@ -173,15 +179,15 @@ class NaiveRetroLM:
         free = sorted((i for i in others if i not in local), key=lambda i: (scores[i], i), reverse=True)
         return sorted(sinks + local + free[: room - len(local)])
 
-    def _scores(self, index: int, page: NaivePage, past: list[int]) -> list[float]:
-        """How well each past page matches what the current one looks for."""
+    def _scores(self, index: int, page: NaivePage, past: list[int], kv_head: int | None) -> list[float]:
+        """How well each past page matches what the current one looks for, to one KV head's queries or to all."""
         asking, place = page, len(self.pages)
         if self.options.causal_selection and self.pages and not page.is_question:
             asking, place = self.pages[-1], len(self.pages) - 1
         if index < self.options.num_skip_layers:
             if self.options.first_layer_mode == "mean_key":
                 means = [self.pages[i].keys[index].mean(0) for i in past]
-                return [self._match(asking.mean_query[index], mean) for mean in means]
+                return [self._match(asking.mean_query[index], mean, kv_head) for mean in means]
             return [float(i) for i in past]
         query = asking.bookmark_query[index]
         scores = []
@@ -189,16 +195,18 @@ class NaiveRetroLM:
             key = self.pages[i].bookmark_key[index]
             if self.options.score_rope:
                 turned = self._turn(index, query, place * self.options.page_size)
-                scores.append(self._match(turned, self._turn(index, key, i * self.options.page_size)))
+                scores.append(self._match(turned, self._turn(index, key, i * self.options.page_size), kv_head))
             else:
-                scores.append(self._match(query, key))
+                scores.append(self._match(query, key, kv_head))
         return scores
 
-    def _match(self, query: Vectors, key: Vectors) -> float:
-        """Σ_h ⟨q_h, k_{h // g}⟩ / √(H·D)."""
+    def _match(self, query: Vectors, key: Vectors, kv_head: int | None) -> float:
+        """Σ_h ⟨q_h, k_{h // g}⟩ / √(H·D), over the heads h of one KV head or over all."""
         group = self.heads // self.kv_heads
         total = 0.0
         for head in range(self.heads):
+            if kv_head not in (None, head // group):
+                continue
             for channel in range(self.dim):
                 total += query[head, channel] * key[head // group, channel]
         return total / math.sqrt(self.heads * self.dim)
@@ -238,10 +246,16 @@ class NaiveRetroLM:
         return out
 
     def _attend_normal(self, index: int, page: NaivePage, queries: Vectors) -> Vectors:
-        """Selected pages right before the page, in order, without holes; then the page itself."""
+        """Each head over the set of its KV head."""
+        group = self.heads // self.kv_heads
+        found = [self._attend_set(index, page, queries, chosen) for chosen in page.by_head[index]]
+        return np.stack([found[head // group][:, head] for head in range(self.heads)], 1)
+
+    def _attend_set(self, index: int, page: NaivePage, queries: Vectors, chosen: list[int]) -> Vectors:
+        """Chosen pages right before the page, in order, without holes; then the page itself."""
         begin = 1000  # any place will do: only distances matter
         entries, position = [], begin
-        for i in reversed(page.selected[index]):
+        for i in reversed(chosen):
             past = self.pages[i]
             for token in reversed(range(len(past.tokens))):
                 position -= 1

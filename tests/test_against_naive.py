@@ -94,6 +94,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"causal_selection": True},
     {"causal_selection": True, "first_layer_mode": "mean_key"},
     {"score_rope": True},
+    {"selection_scope": "head"},
+    {"selection_scope": "head", "first_layer_mode": "mean_key", "num_local_pages": 0, "causal_selection": True},
     {"kv_budget": 4 * W + 5},
 ]
 
@@ -133,6 +135,21 @@ def test_large_key_bias_does_not_blur_half_precision() -> None:
 @pytest.mark.parametrize("name", ["llama", "phi3"])
 def test_untrained_full_and_low_rank_retrievers(name: str, rank: int | None) -> None:
     check_reading(*pair(name, rank, kv_budget=4 * W))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-mha", "mistral-sliding", "gemma2", "gemma3"])
+def test_heads_that_choose_for_themselves(name: str) -> None:
+    """Reading, a question behind full pages, and decoding; some KV heads must differ in what they choose."""
+    lm, naive = pair(name, kv_budget=5 * W, selection_scope="head")
+    text, question = random_ids(9 * W).tolist(), random_ids(5, 5).tolist()
+    with wide_softmax():
+        document = lm.read(torch.tensor(text))
+        query, logits = generate(lm, document, question)
+    naive.read(cut(text))
+    page = naive.ask(question, query.generated)
+    assert any(chosen != sets[0] for sets in page.by_head for chosen in sets)
+    assert (logits - torch.from_numpy(page.logits[len(question) - 1 : -1])).abs().max() <= TOLERANCE
+    check_choices(lm, query.choices, page)
 
 
 class Recorder(LogitsProcessor):

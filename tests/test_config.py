@@ -13,6 +13,7 @@ from retrolm.config import RetroConfig
 from retrolm.engine.model import RetroLM
 from retrolm.errors import UserError
 from retrolm.methods import METHODS, PageMethod
+from retrolm.methods.head_scores import ScoresHeads
 from tiny_models import random_ids, tiny_model
 
 MODEL = tiny_model("llama")
@@ -29,6 +30,7 @@ OPTIONS = st.fixed_dictionaries(
         "num_skip_layers": st.integers(0, 5),
         "bookmark_span": st.sampled_from(["sink_page", "page"]),
         "score_rope": st.booleans(),
+        "selection_scope": st.sampled_from(["layer", "layer", "head"]),
         "causal_selection": st.booleans(),
         "retrieve_every": st.sampled_from([0, 1, 3, 8]),
         "chunk_pages": st.integers(1, 9),
@@ -45,6 +47,8 @@ def test_every_combination_reads_and_generates(options: dict[str, Any], method: 
     budget = options.pop("pages") * size + options.pop("odd")
     if budget < 4 * size or options["retrieve_every"] > size:
         options["retrieve_every"] = 0
+    if not issubclass(METHODS.get(method), ScoresHeads) or options["retrieve_every"]:
+        options["selection_scope"] = "layer"
     lm = RetroLM(MODEL, config=RetroConfig(kv_budget=budget, **options), method=method)
     ids = random_ids(num_tokens)
     try:
@@ -79,6 +83,13 @@ def test_every_combination_reads_and_generates(options: dict[str, Any], method: 
 def test_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         RetroConfig.from_options(options)
+
+
+def test_methods_without_scores_of_heads_are_refused() -> None:
+    lm = RetroLM(MODEL, config=RetroConfig(kv_budget=24, page_size=8, selection_scope="head"), method="recency")
+    with pytest.raises(UserError, match="'recency' scores pages for all heads"):
+        lm.logits(random_ids(50))
+    lm.detach()
 
 
 def test_replace_checks_too() -> None:

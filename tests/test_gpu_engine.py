@@ -131,6 +131,7 @@ def test_no_layer_waits_for_the_device(name: str, bypass: bool, no_waiting: None
         {"first_layer_mode": "mean_key"},
         {"first_layer_mode": "full"},
         {"num_local_pages": 0},
+        {"selection_scope": "head"},
         {"method": "mean_key"},
         {"method": "quest_pages"},
         {"method": "random"},

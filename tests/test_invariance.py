@@ -65,6 +65,23 @@ def test_a_conversation_that_outgrows_the_budget(name: str) -> None:
     assert answers[1][-1].retrieval.page_ids.shape[1] < answers[1][-1].retrieval.scores.shape[1]
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_heads_that_choose_for_themselves(name: str) -> None:
+    """In any chunking and any tier; the sets are others than those that heads share."""
+    ids = random_ids(163)
+    by_page = make(name, chunk_pages=1, selection_scope="head").logits(ids)
+    for options in ({"chunk_pages": 5}, {"chunk_pages": 100, "device_kv_bytes": 20 * PAGE_BYTES}):
+        assert (make(name, selection_scope="head", **options).logits(ids) - by_page).abs().max() <= 1e-6
+    assert (make(name).logits(ids) - by_page).abs().max() > 1e-2
+
+
+def test_heads_can_not_differ_in_how_many_tokens_they_choose() -> None:
+    talk = make("llama", 600, selection_scope="head", kv_budget=64).read(STORY).conversation()
+    with pytest.raises(UserError, match="KV heads chose pages of different lengths"):
+        for question in ("Who counted?", "And then?", "Why?", "When?"):
+            talk.ask(question, raw=True, max_new_tokens=5)
+
+
 @pytest.mark.parametrize("num_slots", [8, 11, 20])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_a_capped_device_tier_changes_no_bit(name: str, num_slots: int) -> None:

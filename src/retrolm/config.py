@@ -30,6 +30,8 @@ class RetroConfig:
             "full" = every past page (reported, and outside the budget).
         num_skip_layers: layers without page scores of their own, counted from the first (D7).
         bookmark_span: what a bookmark attends to: "sink_page" = sink, own page, itself; "page" = without sink (D13).
+        selection_scope: whether all heads of a layer attend the same pages, by the sum of their scores, or each KV
+            head chooses its own (D4).
         score_rope: rotate bookmark queries and keys to their true page index before scoring (D3).
         causal_selection: choose the pages of page i with the bookmark of page i-1, so that no token sees a
             choice made with knowledge of later tokens (D22).
@@ -52,6 +54,7 @@ class RetroConfig:
     first_layer_mode: Literal["recent", "mean_key", "full"] = "recent"
     num_skip_layers: int = 1
     bookmark_span: Literal["sink_page", "page"] = "sink_page"
+    selection_scope: Literal["layer", "head"] = "layer"
     score_rope: bool = False
     causal_selection: bool = False
     retrieve_every: int = 0

@@ -10,14 +10,17 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ..errors import UserError
+
 
 @dataclass
 class LayerChoice:
     """What a query page attended in one layer.
 
     Attributes:
-        ordinals: selected pages, int64 [S], ascending. scores: float32 [P] over all past pages, or None where the
-            layer has no scores of its own. attended_tokens: gathered and own tokens.
+        ordinals: selected pages, int64 [S], ascending; those of any KV head where each has its own.
+        scores: float32 [P] over all past pages, or None where the layer has no scores of its own.
+        attended_tokens: gathered and own tokens.
     """
 
     ordinals: Tensor
@@ -30,13 +33,14 @@ class LayerSet:
     """One layer's set as it was gathered.
 
     Attributes:
-        keys, values: [L, K, D], keys rotated. valid_L: which places hold tokens.
+        keys, values: [L, K, D], keys rotated.
+        valid: which places hold tokens, bool [L], or [K, L] where each KV head has its own set.
         picked: selected ordinals, -1 where a slot is empty. scores: [P], or None.
     """
 
     keys: Tensor
     values: Tensor
-    valid_L: Tensor
+    valid: Tensor
     picked: Tensor
     scores: Tensor | None
 
@@ -62,18 +66,34 @@ class QueryCapture:
         self._sets.append(found)
 
     def finish(self) -> None:
-        """Drop the holes of all sets and bring the choices to the host."""
+        """Drop the holes of all sets and bring the choices to the host.
+
+        Raises:
+            UserError: the KV heads of a layer chose sets of different lengths, which no cache can hold.
+        """
         for found in self._sets:
-            valid = found.valid_L
-            hole_free = bool(valid.all())
-            places = None if hole_free else valid.nonzero().flatten().to(found.keys.device)
-            self.keys.append(found.keys if places is None else found.keys[places])
-            self.values.append(found.values if places is None else found.values[places])
+            self.keys.append(_without_holes(found.keys, found.valid))
+            self.values.append(_without_holes(found.values, found.valid))
             self.choices.append(_choice(found))
         self._sets.clear()
+
+
+def _without_holes(rows_LKD: Tensor, valid: Tensor) -> Tensor:
+    if bool(valid.all()):
+        return rows_LKD
+    if valid.dim() == 1:
+        return rows_LKD[valid.nonzero().flatten().to(rows_LKD.device)]
+    num_tokens = valid.sum(1)
+    if bool((num_tokens != num_tokens[0]).any()):
+        raise UserError(
+            "With selection_scope='head' the KV heads chose pages of different lengths here, short ones among them. "
+            "Use selection_scope='layer' where pages can be short, as in conversations."
+        )
+    return rows_LKD.transpose(0, 1)[valid.to(rows_LKD.device)].unflatten(0, (len(valid), -1)).transpose(0, 1)
 
 
 def _choice(found: LayerSet) -> LayerChoice:
     picked = found.picked.unique()
     scores = None if found.scores is None else found.scores.cpu()
-    return LayerChoice(picked[picked >= 0].cpu(), scores, int(found.valid_L.sum()))
+    num_tokens = int(found.valid.sum(-1).max())
+    return LayerChoice(picked[picked >= 0].cpu(), scores, num_tokens)

@@ -1,7 +1,7 @@
 """Which pages each page of a group attends in a layer (paper eq 6), by the engine's method and within the budget.
 
 How many each attends is known on the host beforehand; which ones, only on the device.
-Shape letters: n pages of a group, S slots, P past pages.
+Shape letters: n pages of a group, S slots, P past pages, K KV heads.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..methods import PageTensors, choose_pages
+from ..methods import PageMethod, PageTensors, choose_pages
+from ..methods.head_scores import ScoresHeads
 from .chunk import PageGroup
 from .group_tensors import GroupTensors
 from .prefill_parts import PrefillParts
@@ -24,13 +25,16 @@ class PageSets:
     Attributes:
         sizes: how many. num_dense: leading pages of the group that attend everything before them, as one block.
         picked_nS: ordinals, int64, ascending, -1 at the left of smaller sets; None if all pages are in the block.
+            [n*K, S] where each KV head has its own set.
         scores_nP: of all past pages, or None where the layer has none of its own.
+        by_head: each KV head has its own set.
     """
 
     sizes: list[int]
     num_dense: int
     picked_nS: Tensor | None
     scores_nP: Tensor | None = None
+    by_head: bool = False
 
 
 class PageChooser:
@@ -52,10 +56,11 @@ class PageChooser:
         num_past = max(group.num_past)
         if num_past == 0 or num_dense == len(group):
             return PageSets(sizes, num_dense, pages.lengths.new_empty(1, 0) if num_past == 0 else None)
-        scores = method.score(probes, self._parts.digests.read(layer, on.table_ids[:num_past])).float()
-        picked = self._pick(layer, group, on, scores)
+        scores_nKP = self._scores(method, probes, self._parts.digests.read(layer, on.table_ids[:num_past]))
+        picked = self._pick(layer, group, on, scores_nKP)
         self._prefetch(layer, on, picked)
-        return PageSets(sizes, num_dense, picked, scores if self._parts.scores_pages(layer) else None)
+        scores = scores_nKP.sum(1) if self._parts.scores_pages(layer) else None
+        return PageSets(sizes, num_dense, picked, scores, scores_nKP.shape[1] > 1)
 
     def set_sizes(self, layer: int, group: PageGroup) -> list[int]:
         """How many pages each page of `group` attends before itself."""
@@ -79,11 +84,18 @@ class PageChooser:
         partial = [row for row, past in enumerate(group.num_past) if sizes[row] < past] or [len(group)]
         return partial[0] if partial[0] > 1 else 0
 
-    def _pick(self, layer: int, group: PageGroup, on: GroupTensors, scores_nP: Tensor) -> Tensor:
-        config, num_past = self._parts.config, scores_nP.shape[1]
+    def _scores(self, method: PageMethod, probes_nF: Tensor, digests_PE: Tensor) -> Tensor:
+        """Scores of past pages, float32 [n, K, P], or [n, 1, P] where all heads share them."""
+        if self._parts.config.selection_scope == "head" and isinstance(method, ScoresHeads):
+            return method.score_heads(probes_nF, digests_PE, self._parts.backbone.num_kv_heads).float()
+        return method.score(probes_nF, digests_PE).float()[:, None]
+
+    def _pick(self, layer: int, group: PageGroup, on: GroupTensors, scores_nKP: Tensor) -> Tensor:
+        config, (_, heads, num_past) = self._parts.config, scores_nKP.shape
         pinned = None if on.pinned is None else on.pinned[:num_past]
-        room = self._room(layer, group)
-        return choose_pages(scores_nP, group.num_past, room, group.table.num_sink, config.num_local_pages, pinned)
+        past, room = ([x for x in found for _ in range(heads)] for found in (group.num_past, self._room(layer, group)))
+        num_sink, num_local = group.table.num_sink, config.num_local_pages
+        return choose_pages(scores_nKP.flatten(0, 1), past, room, num_sink, num_local, pinned)
 
     def _prefetch(self, layer: int, on: GroupTensors, picked_nS: Tensor) -> None:
         """The next layer often wants the same pages."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..config import RetroConfig
+from ..errors import UserError
 from ..methods import PageMethod, page_method
+from ..methods.head_scores import ScoresHeads
 from ..retriever import PageRetriever
 from ..store import DigestIndex, PageStore
 from .backbone import Backbone
@@ -13,7 +15,11 @@ from .backbone import Backbone
 
 @dataclass
 class PrefillParts:
-    """Model, options and store of one engine."""
+    """Model, options and store of one engine.
+
+    Raises:
+        UserError: each KV head is to choose its own pages, but the method has no scores of heads.
+    """
 
     backbone: Backbone
     config: RetroConfig
@@ -21,6 +27,13 @@ class PrefillParts:
     method: PageMethod
     store: PageStore
     digests: DigestIndex
+
+    def __post_init__(self) -> None:
+        if self.config.selection_scope == "head" and not isinstance(self.method, ScoresHeads):
+            raise UserError(
+                f"Method {self.method.name!r} scores pages for all heads of a layer together. Use "
+                "selection_scope='layer', or method 'retrolm' or 'mean_key'."
+            )
 
     def method_for(self, layer: int) -> PageMethod:
         """The first layers' bookmarks tie, so they choose by recency or by mean keys (D7)."""

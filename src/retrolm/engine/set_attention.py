@@ -16,6 +16,7 @@ from .chunk import PageGroup
 from .dense_block import DenseBlock
 from .gather import SetLayout, lay_out
 from .group_tensors import GroupTensors
+from .head_sets import fold_queries, own_head, write_folded
 from .layer_call import LayerCall
 from .page_choice import PageSets
 from .prefill_parts import PrefillParts
@@ -57,23 +58,29 @@ class SetAttention:
         self, call: LayerCall, on: GroupTensors, sets: PageSets, run: SetRun, q_nQHD: Tensor, out: Tensor
     ) -> None:
         assert sets.picked_nS is not None
-        picked = sets.picked_nS[run.rows, sets.picked_nS.shape[1] - run.size :]
+        heads = self._parts.backbone.num_kv_heads if sets.by_head else 1
+        rows = slice(run.rows.start * heads, run.rows.stop * heads)
+        picked = sets.picked_nS[rows, sets.picked_nS.shape[1] - run.size :]
         layout = self._layout(call.layer, on, run, picked)
         keys, values = self._gather(call.layer, on, run.rows, picked, layout)
-        tokens = layout.cos_q.shape[1]
-        q = q_nQHD[run.rows, :tokens]
+        q, out = (x[run.rows, : layout.cos_q.shape[1]] for x in (q_nQHD, out))
+        if sets.by_head:
+            keys, values, q = own_head(keys, heads), own_head(values, heads), fold_queries(q, heads)
         q = rotate(q, layout.cos_q, layout.sin_q, out=head_major(q))
         bias = layout.bias_nQL
-        attend(q, keys, values, bias, call.scale, call.softcap, causal=bias is None, out=out[run.rows, :tokens])
+        found = attend(
+            q, keys, values, bias, call.scale, call.softcap, causal=bias is None, out=None if sets.by_head else out
+        )
+        if sets.by_head:
+            write_folded(found, out)
         if self._capture is not None:
-            scores = None if sets.scores_nP is None else sets.scores_nP[0]
-            self._capture.keep(LayerSet(keys[0], values[0], layout.valid_nL[0], picked[0], scores))
+            self._capture.keep(_kept(sets, keys, values, layout, picked))
 
     def _gather(
         self, layer: int, on: GroupTensors, rows: slice, picked_nS: Tensor, layout: SetLayout
     ) -> tuple[Tensor, Tensor]:
         """Keys, rotated to compact positions, and values of [selected | own] pages: [n, L, K, D] each."""
-        own_ids = on.own_ids[rows]
+        own_ids = _repeated(on.own_ids[rows], len(picked_nS))
         past_ids = on.table_ids[picked_nS.clamp(min=0)].where(picked_nS >= 0, own_ids[:, :1])
         ids = torch.cat([past_ids, own_ids], 1)
         found = self._parts.store.read(layer, ids.flatten())
@@ -130,8 +137,9 @@ class SetAttention:
 
     def _lay_out_chosen(self, layer: int, on: GroupTensors, run: SetRun, picked_nS: Tensor) -> SetLayout:
         lengths = on.table_lengths[picked_nS.clamp(min=0)] * (picked_nS >= 0)
-        starts, rows = on.table_starts[picked_nS.clamp(min=0)], run.rows
-        return self._lay_out(layer, run, lengths, starts, on.own_lengths[rows], on.own_starts[rows], on.ends[rows])
+        starts = on.table_starts[picked_nS.clamp(min=0)]
+        own = (_repeated(x[run.rows], len(picked_nS)) for x in (on.own_lengths, on.own_starts, on.ends))
+        return self._lay_out(layer, run, lengths, starts, *own)
 
     def _lay_out(
         self,
@@ -158,3 +166,17 @@ class SetAttention:
             backbone.dtype,
             info.device,
         )
+
+
+def _repeated(rows: Tensor, num: int) -> Tensor:
+    """What belongs to a page, once for each of its sets."""
+    return rows if len(rows) == num else rows.repeat_interleave(num // len(rows), 0)
+
+
+def _kept(sets: PageSets, keys: Tensor, values: Tensor, layout: SetLayout, picked: Tensor) -> LayerSet:
+    """What a question keeps of its set, or of the sets of its KV heads ([K, L, 1, D])."""
+    scores = None if sets.scores_nP is None else sets.scores_nP[0]
+    if not sets.by_head:
+        return LayerSet(keys[0], values[0], layout.valid_nL[0], picked[0], scores)
+    valid = layout.valid_nL.expand(len(keys), -1)
+    return LayerSet(keys[:, :, 0].transpose(0, 1), values[:, :, 0].transpose(0, 1), valid, picked, scores)

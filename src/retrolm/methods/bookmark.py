@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from ..ops.rotary import rotate
-from .base import METHODS, PageMethod, PageTensors, sum_groups
+from .base import METHODS, PageTensors, sum_groups
+from .head_scores import ScoresHeads
 
 
 @METHODS.register("retrolm")
-class BookmarkMethod(PageMethod):
+class BookmarkMethod(ScoresHeads):
     """Score = sum over heads of ⟨q^b_h, k^b_{h // g}⟩ / √(H·D), before RoPE (D3, D4, D5)."""
 
     name = "retrolm"

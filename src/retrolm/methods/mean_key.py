@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import METHODS, PageMethod, PageTensors, sum_groups, valid_rows
+from .base import METHODS, PageTensors, sum_groups, valid_rows
+from .head_scores import ScoresHeads
 
 
 @METHODS.register("mean_key")
-class MeanKeyMethod(PageMethod):
+class MeanKeyMethod(ScoresHeads):
     """Both means are taken before RoPE over the tokens that exist; one score per layer, summed over heads."""
 
     name = "mean_key"
