@@ -20,6 +20,7 @@ from .eval_options import parse_lengths
 from .options import JsonFlag
 from .output_file import check_writable, write_whole
 from .screen import print_json, waiting
+from .train_ablate import ablate
 from .train_view import report, show_speed, training_progress
 
 command = typer.Typer(help="Train a page retriever, or the backbone on sparse KV.")
@@ -139,6 +140,9 @@ def speed(
     if as_json:
         print_json(found)
     return 0 if found["equal"] else 1
+
+
+command.command("ablate")(ablate)
 
 
 def _check_stop(stop_after: float | None) -> None:
