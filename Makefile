@@ -14,7 +14,7 @@ TEST_EXTRAS := $(USER_EXTRAS),evaluation,training,dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-book test test-kvpress lint format clean
+.PHONY: help setup demo demo-book test soak test-kvpress lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,15 @@ lint: .venv/.test ## style and types
 
 test: lint ## style, types and the test suite (no GPU, no network, no model needed)
 	$(BIN)/python -m pytest -m "not gpu and not slow"
+
+MINUTES ?= 3
+
+soak: .venv/.test ## kill writers of a knowledge base 240 times, then 8 readers beside a writer (MINUTES=3)
+	rm -rf build/soak && mkdir -p build/soak
+	cd tests && ../$(BIN)/python kb_crash_worker.py ../build/soak/times --trials 200
+	cd tests && ../$(BIN)/python kb_crash_worker.py ../build/soak/steps --trials 40 --steps
+	cd tests && ../$(BIN)/python kb_soak.py ../build/soak/readers --minutes $(MINUTES)
+	rm -rf build/soak
 
 test-kvpress: .venv/.test .venv-kvpress/.made ## compare methods that prune with kvpress, in an environment of its own
 	rm -rf .venv-kvpress/dump

@@ -122,10 +122,11 @@ class KnowledgeBase:
         """Go on with the newest version of the base."""
         seen = self._signature()
         newer = Snapshot(self.folder)
-        self._snapshot.close()
-        self._snapshot, self._seen = newer, seen
+        self._snapshot, self._seen = newer, seen  # the older one is let go with the last document that needs it
         ids = {entry.id for entry in newer.manifest.documents}
         self._kept = {key: kept for key, kept in self._kept.items() if ids.issuperset(key[0])}
+        for kept in self._kept.values():
+            kept.held = newer
 
     def close(self) -> None:
         """Let go of the base; it can't be used any more."""
@@ -261,6 +262,7 @@ class KnowledgeBase:
             while len(self._kept) >= _KEPT_OPEN:
                 self._kept.pop(next(iter(self._kept)))
             self._kept[key] = self._restored(found, first_layer)
+            self._kept[key].held = self._snapshot
         return self._kept[key]
 
     def ask(

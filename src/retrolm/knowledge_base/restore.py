@@ -21,6 +21,7 @@ from ..engine.document import Document
 from ..errors import UserError
 from ..methods import METHODS, PageMethod, PageTensors
 from ..paging import PageTable
+from .folder import Snapshot
 from .index import DIGESTS, MEAN_KEYS, TokenPages
 from .parts import StoredDocument
 from .restored import RestoredDigests, RestoredStore, Rows, Stretch
@@ -35,9 +36,14 @@ FirstLayer = Literal["mean_key", "recent"]
 
 @dataclass
 class KeptDocument(Document):
-    """A document whose pages lie in a base."""
+    """A document whose pages lie in a base.
+
+    Attributes:
+        stretches: the stored documents it consists of. held: the version of the base that keeps their files there.
+    """
 
     stretches: tuple[Stretch, ...] = ()
+    held: Snapshot | None = None
 
     def page_text(self, page: int) -> str:
         document, inner = self.locate(page)
