@@ -64,7 +64,9 @@ class LoraPair(nn.Module):
         low = linear(rows, self.down.to(rows.dtype)) * scale
         if num_bookmarks:
             low = torch.cat([low[..., :-num_bookmarks, :], torch.zeros_like(low[..., -num_bookmarks:, :])], -2)
-        return out + linear(low, self.up.to(rows.dtype)).to(out.dtype)
+        # One kernel adds while it multiplies: `out` is wide, and read and written once this way.
+        low, up = low.flatten(0, -2).to(out.dtype), self.up.to(out.dtype)
+        return torch.addmm(out.flatten(0, -2), low, up.T).view_as(out)
 
 
 class LoraAdapter(nn.Module):
@@ -211,8 +213,8 @@ def _fitting(backbone: Backbone, path: str, tensors: dict[str, Tensor], folder: 
     if path not in known or down is None or up is None or (down.shape[1], up.shape[0]) != known[path]:
         got = None if down is None or up is None else (down.shape[1], up.shape[0])
         raise UserError(
-            f"The adapter in {folder} doesn't fit this model: {path} is {got} there and {known.get(path, 'missing')} here. Load "
-            "it with the model it was trained on."
+            f"The adapter in {folder} doesn't fit this model: {path} is {got} there and "
+            f"{known.get(path, 'missing')} here. Load it with the model it was trained on."
         )
     return known[path]
 
