@@ -8,29 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..methods.sliding_window import SlidingWindow
-from ..methods.token_base import ChunkView, Part, TokenCache, TokenMethod
+from ..methods.token_base import ChunkView, NewTokens, Part, TokenCache, TokenMethod
 from ..ops.attention import attend, bias_from
 from ..ops.joint_attention import KeySet, attend_sets, attend_sets_reference
 from ..ops.rotary import rotate, unscaled
 from .backbone import Backbone
 from .token_cache import align_right, append, empty_cache, gather_rows, num_kept, take
-
-
-@dataclass(frozen=True)
-class Step:
-    """One chunk of every sample: true positions [B, Q] (-1 = padding), tokens before it and in it."""
-
-    true_BQ: Tensor
-    before: list[int]
-    num_new: list[int]
-    is_prefill: bool
 
 
 class TokenStream:
@@ -49,8 +38,7 @@ class TokenStream:
         self._own = {i: _own_window(backbone, i) for i in range(backbone.num_layers) if not backbone.retrieves(i)}
         self._caches: list[TokenCache | None] = [None] * backbone.num_layers
         self._lengths = [0] * num_samples
-        self._step = Step(torch.empty(num_samples, 0), self._lengths, self._lengths, True)
-        self._placed: dict[torch.device, Tensor] = {}
+        self._new: dict[torch.device, NewTokens] = {}
         self._prefill: list[Tensor | None] = [None] * backbone.num_layers
         self._decode: list[list[Tensor]] = [[] for _ in range(backbone.num_layers)]
 
@@ -65,8 +53,13 @@ class TokenStream:
         before, new = list(self._lengths), list(num_new)
         ends = torch.tensor(before)[:, None] + torch.arange(max(new))
         true = ends.masked_fill(torch.arange(max(new)) >= torch.tensor(new)[:, None], -1)
-        self._step = Step(true, before, new, is_prefill)
-        self._placed = {}
+        devices = {info.device for info in self._backbone.layers}
+        tensors = (true, torch.tensor(before), torch.tensor(new))
+        self._new = {
+            device: NewTokens(placed[0], before, new, placed[1], placed[2], is_prefill)
+            for device in devices
+            for placed in [[x.to(device) for x in tensors]]
+        }
         self._lengths = [b + n for b, n in zip(before, new, strict=True)]
 
     def end_prefill(self) -> None:
@@ -109,24 +102,19 @@ class TokenStream:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
         rope, method = self._backbone.rope(layer), self._own.get(layer, self._method)
         q, k = (unscaled(x, rope.scaling, rope.rotary_dims) for x in (q, k))
-        true_BQ, step = self._true(q.device), self._step
+        new = self._new[self._backbone.layers[layer].device]
         cache = self._caches[layer] or empty_cache(k, v)
         self._caches[layer] = cache
         if cache.num_places:
-            places = method.keep(cache, step.before, step.num_new, self._kv_budget)
+            places = method.keep(cache, new, self._kv_budget)
             if places is not None:
                 take(cache, places)
-        append(cache, k, v, true_BQ)
-        view = ChunkView(layer, self._kv_budget, cache, q, true_BQ, step.before, step.num_new, step.is_prefill, rope.at)
+        append(cache, k, v, new.true_BQ)
+        view = ChunkView(layer, self._kv_budget, cache, q, new, rope.at)
         parts = method.select(view)
         if parts is None:
             return self._attend_all(view, scale, softcap)
         return self._attend_parts(view, method, parts, scale, softcap)
-
-    def _true(self, device: torch.device) -> Tensor:
-        if device not in self._placed:
-            self._placed[device] = self._step.true_BQ.to(device)
-        return self._placed[device]
 
     def _window(self, layer: int) -> int | None:
         """The model's own window in layers that choose; the others keep it as their method."""
@@ -141,7 +129,7 @@ class TokenStream:
         q = _placed(view.q_BHQD, view.true_BQ.clamp(min=0)[:, None], view)
         k = _placed(cache.keys_BKTD, true_BT.clamp(min=0)[:, None], view)
         rows = [x.transpose(1, 2) for x in (q, k, cache.values_BKTD)]
-        if view.is_prefill and window is None:  # places are positions, and padding stands behind all
+        if view.new.is_prefill and window is None:  # places are positions, and padding stands behind all
             return attend(rows[0], rows[1], rows[2], None, scale, softcap, causal=True)
         apart = view.true_BQ[:, :, None] - true_BT[:, None]
         allowed = (apart >= 0) & (true_BT >= 0)[:, None]
@@ -176,7 +164,7 @@ class TokenStream:
     def _account(self, view: ChunkView, counts_BQ: Tensor) -> None:
         """Note what this chunk attends, padding aside; what is counted is what attention is given."""
         most_B = counts_BQ.masked_fill(view.true_BQ < 0, 0).amax(1)
-        if not view.is_prefill:
+        if not view.new.is_prefill:
             self._decode[view.layer].append(most_B)
             return
         so_far = self._prefill[view.layer]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .base import METHODS
 from .knobs import positive
-from .token_base import ChunkView, Part, TokenCache, TokenMethod, distance, places_of
+from .token_base import ChunkView, NewTokens, Part, TokenCache, TokenMethod, distance, places_of
 
 
 @METHODS.register("h2o_streaming")
@@ -56,13 +56,12 @@ class H2OStreaming(TokenMethod):
         mass_BHT = weights[0].sum(2)
         view.cache.add_marks(mass_BHT.unflatten(1, (num_kv_heads, -1)).mean(2))
 
-    def keep(self, cache: TokenCache, before: list[int], num_new: list[int], kv_budget: int) -> Tensor | None:
-        if cache.marks_BMT is None or cache.num_places + max(num_new) <= kv_budget:
+    def keep(self, cache: TokenCache, new: NewTokens, kv_budget: int) -> Tensor | None:
+        if cache.marks_BMT is None or cache.num_places + max(new.num_new) <= kv_budget:
             return None
-        new_B11 = cache.true_BJT.new_tensor(num_new)[:, None, None]
+        new_B11, ends = new.counts[:, None, None], new.starts[:, None, None]
         num_recent = (kv_budget - self._num_heavy(kv_budget) - new_B11).clamp(min=0)
-        num_kept = torch.where(new_B11 > 0, kv_budget - new_B11, kv_budget)
-        ends = cache.true_BJT.new_tensor(before)[:, None, None]
+        num_kept = kv_budget - new_B11
         true_BKT = cache.true_BJT.expand(-1, cache.marks_BMT.shape[1], -1)
         rank = cache.marks_BMT.masked_fill(true_BKT >= ends - num_recent, torch.inf)
         rank = rank.masked_fill(true_BKT < 0, -torch.inf)

@@ -71,7 +71,7 @@ class InfLLM(TokenMethod):
         self._promote(view, split)
         last = min(view.cache.num_places, split.window - 1 + view.num_queries)
         places = torch.arange(view.cache.num_places - last, view.cache.num_places, device=view.true_BQ.device)
-        local = local_part(view, split.window, places.expand(len(view.before), 1, -1))
+        local = local_part(view, split.window, places.expand(len(view.true_BQ), 1, -1))
         if view.cache.num_places <= split.window:
             return [local]
         return [local, self._far_part(view, split)]
@@ -82,8 +82,8 @@ class InfLLM(TokenMethod):
     def _far_part(self, view: ChunkView, split: _Split) -> Part:
         """First tokens, chosen blocks and what fills no block yet, for queries whose window doesn't reach them."""
         true_B1T = view.cache.true_BJT
-        num_blocks = self._num_blocks(view.before, split)
-        waiting_from = true_B1T.new_tensor([split.num_init + n * split.block for n in num_blocks])[:, None, None]
+        num_blocks = ((view.starts - split.num_init - split.window) // split.block).clamp(min=0)
+        waiting_from = (split.num_init + num_blocks * split.block)[:, None, None]
         block_B1T = (true_B1T - split.num_init).div(split.block, rounding_mode="floor")
         chosen_BN = self._chosen_blocks(view, split, num_blocks)
         in_chosen = chosen_BN[:, None].gather(2, block_B1T.clamp(0, chosen_BN.shape[1] - 1))
@@ -96,13 +96,13 @@ class InfLLM(TokenMethod):
         far = view.true_BQ.clamp(0, 0)
         return Part(places, apart >= split.window, far + split.window - 1, true_BJS.clamp(0, 0))
 
-    def _chosen_blocks(self, view: ChunkView, split: _Split, num_blocks: list[int]) -> Tensor:
+    def _chosen_blocks(self, view: ChunkView, split: _Split, num_blocks: Tensor) -> Tensor:
         """Which blocks the unit attends, bool [B, N], N at least 1."""
         reps: Tensor | None = view.cache.state.get("reps")
-        if reps is None or not max(num_blocks):
+        if reps is None:
             return torch.zeros(len(num_blocks), 1, dtype=torch.bool, device=view.true_BQ.device)
         scores_BN = torch.einsum("bhd,bhnd->bn", self._mean_query(view, split), reps)
-        there = torch.arange(reps.shape[2], device=reps.device) < reps.new_tensor(num_blocks)[:, None]
+        there = torch.arange(reps.shape[2], device=reps.device) < num_blocks[:, None]
         ranked = scores_BN.masked_fill(~there, -torch.inf)
         best = ranked.topk(min(split.top_k, ranked.shape[1])).indices
         return torch.zeros_like(there).scatter(1, best, True) & there
@@ -118,8 +118,9 @@ class InfLLM(TokenMethod):
     def _promote(self, view: ChunkView, split: _Split) -> None:
         """Set the representatives of blocks that have become complete behind the window since the last unit."""
         state = view.cache.state
-        done: list[int] = state.get("num_blocks", [0] * len(view.before))
-        now = [max(d, n) for d, n in zip(done, self._num_blocks(view.before, split), strict=True)]
+        done: list[int] = state.get("num_blocks", [0] * len(view.new.before))
+        complete = [(length - split.num_init - split.window) // split.block for length in view.new.before]
+        now = [max(d, n) for d, n in zip(done, complete, strict=True)]
         changed = [d for d, n in zip(done, now, strict=True) if n > d]
         state["num_blocks"] = now
         for block in range(min(changed), max(now)) if changed else ():
@@ -146,10 +147,6 @@ class InfLLM(TokenMethod):
         else:
             reps = torch.cat([reps, rep[:, :, None]], 2)
         cache.state["reps"] = reps
-
-    def _num_blocks(self, before: list[int], split: _Split) -> list[int]:
-        """Complete blocks behind the window of each sample."""
-        return [max(0, (length - split.num_init - split.window) // split.block) for length in before]
 
     def _split(self, kv_budget: int) -> _Split:
         def given(value: int | None, default: int) -> int:

@@ -10,7 +10,7 @@ from .base import METHODS
 from .knobs import positive
 from .sliding_window import recent_places
 from .streaming_llm import first_tokens_part
-from .token_base import ChunkView, Part, TokenCache, TokenMethod, local_part
+from .token_base import ChunkView, NewTokens, Part, TokenCache, TokenMethod, local_part
 
 
 @METHODS.register("lm_infinite")
@@ -42,5 +42,5 @@ class LMInfinite(TokenMethod):
         at_limit = view.true_BQ.clamp(0, 0) + window
         return [local_part(view, window), first_tokens_part(view, self.knobs.num_global, window, at_limit, True)]
 
-    def keep(self, cache: TokenCache, before: list[int], num_new: list[int], kv_budget: int) -> Tensor:
-        return recent_places(cache, before, kv_budget - self.knobs.num_global - 1, self.knobs.num_global)
+    def keep(self, cache: TokenCache, new: NewTokens, kv_budget: int) -> Tensor:
+        return recent_places(cache, new, kv_budget - self.knobs.num_global - 1, self.knobs.num_global)

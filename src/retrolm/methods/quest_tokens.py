@@ -49,7 +49,7 @@ class Quest(TokenMethod):
         return frozenset(range(min(self.knobs.num_dense_layers, num_layers)))
 
     def select(self, view: ChunkView) -> list[Part] | None:
-        if view.is_prefill or view.layer < self.knobs.num_dense_layers:
+        if view.new.is_prefill or view.layer < self.knobs.num_dense_layers:
             return None
         true_B1T = view.cache.true_BJT
         page_B1T = true_B1T.clamp(min=0).div(self.knobs.page, rounding_mode="floor")
@@ -72,7 +72,7 @@ class Quest(TokenMethod):
         keys = rotate(keys, cos, sin)
         cos, sin = view.rope(view.true_BQ)
         query = rotate(view.q_BHQD, cos[:, None], sin[:, None])[:, :, 0]
-        num_pages = max(b + n for b, n in zip(view.before, view.num_new, strict=True)) // self.knobs.page + 1
+        num_pages = max(map(sum, zip(view.new.before, view.new.num_new, strict=True))) // self.knobs.page + 1
         into = page_B1T[..., None].expand_as(keys)
         there = (true_B1T >= 0)[..., None]
         empty = keys.new_full((*keys.shape[:2], num_pages, keys.shape[3]), torch.inf)

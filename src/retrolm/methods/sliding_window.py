@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .token_base import ChunkView, Part, TokenCache, TokenMethod, local_part, places_of
+from .token_base import ChunkView, NewTokens, Part, TokenCache, TokenMethod, local_part, places_of
 
 
 class SlidingWindow(TokenMethod):
@@ -29,13 +29,13 @@ class SlidingWindow(TokenMethod):
     def select(self, view: ChunkView) -> list[Part]:
         return [local_part(view, self.knobs.window)]
 
-    def keep(self, cache: TokenCache, before: list[int], num_new: list[int], kv_budget: int) -> Tensor:
-        return recent_places(cache, before, self.knobs.window - 1, num_first=0)
+    def keep(self, cache: TokenCache, new: NewTokens, kv_budget: int) -> Tensor:
+        return recent_places(cache, new, self.knobs.window - 1, num_first=0)
 
 
-def recent_places(cache: TokenCache, before: list[int], num_recent: int, num_first: int) -> Tensor:
+def recent_places(cache: TokenCache, new: NewTokens, num_recent: int, num_first: int) -> Tensor:
     """Places of the first and the most recent tokens of each sample."""
-    ends = cache.true_BJT.new_tensor(before)[:, None, None]
+    ends = new.starts[:, None, None]
     there = cache.true_BJT >= 0
     kept = there & ((cache.true_BJT < num_first) | (cache.true_BJT >= ends - num_recent))
     return places_of(kept, num_first + num_recent)

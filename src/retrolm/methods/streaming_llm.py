@@ -9,7 +9,7 @@ from torch import Tensor
 from .base import METHODS
 from .knobs import positive
 from .sliding_window import recent_places
-from .token_base import ChunkView, Part, TokenCache, TokenMethod, distance, local_part, places_of, true_at
+from .token_base import ChunkView, NewTokens, Part, TokenCache, TokenMethod, distance, local_part, places_of, true_at
 
 
 @METHODS.register("streaming_llm")
@@ -44,8 +44,8 @@ class StreamingLLM(TokenMethod):
         far = first_tokens_part(view, self.knobs.num_sink, window, view.true_BQ.clamp(0, last), at_zero=False)
         return [local_part(view, window), far]
 
-    def keep(self, cache: TokenCache, before: list[int], num_new: list[int], kv_budget: int) -> Tensor:
-        return recent_places(cache, before, kv_budget - self.knobs.num_sink - 1, self.knobs.num_sink)
+    def keep(self, cache: TokenCache, new: NewTokens, kv_budget: int) -> Tensor:
+        return recent_places(cache, new, kv_budget - self.knobs.num_sink - 1, self.knobs.num_sink)
 
 
 def first_tokens_part(view: ChunkView, num_first: int, window: int, q_positions_BQ: Tensor, at_zero: bool) -> Part:

@@ -54,13 +54,30 @@ class TokenCache:
 
 
 @dataclass(frozen=True)
+class NewTokens:
+    """The tokens that a chunk brings, the same in all layers.
+
+    Attributes:
+        true_BQ: true positions, int64 on the layer's device; -1 = padding, at the right of a prompt's end.
+        before, num_new: tokens before the chunk and in it, for each sample; 0 in it once a prompt has ended.
+        starts, counts: the same as int64 [B] on the layer's device.
+        is_prefill: whether a prompt is read (its last token already belongs to the answer).
+    """
+
+    true_BQ: Tensor
+    before: list[int]
+    num_new: list[int]
+    starts: Tensor
+    counts: Tensor
+    is_prefill: bool
+
+
+@dataclass(frozen=True)
 class ChunkView:
     """A chunk of new tokens in one layer. The cache ends with the chunk's own Q places.
 
     Attributes:
-        q_BHQD: queries before RoPE. true_BQ: true positions, int64; -1 = padding, at the right of a prompt's end.
-        before, num_new: tokens before the chunk and in it, for each sample; 0 in it once a prompt has ended.
-        is_prefill: whether a prompt is read (its last token already belongs to the answer).
+        q_BHQD: queries before RoPE. new: the tokens they belong to.
         rope: true or compact positions int64 [...] → cos, sin [..., R] of this layer.
     """
 
@@ -68,11 +85,13 @@ class ChunkView:
     kv_budget: int
     cache: TokenCache
     q_BHQD: Tensor
-    true_BQ: Tensor
-    before: list[int]
-    num_new: list[int]
-    is_prefill: bool
+    new: NewTokens
     rope: Rope
+
+    @property
+    def true_BQ(self) -> Tensor:  # noqa: N802
+        """True positions of the queries, int64; -1 = padding."""
+        return self.new.true_BQ
 
     @property
     def num_queries(self) -> int:
@@ -81,7 +100,7 @@ class ChunkView:
     @property
     def starts(self) -> Tensor:
         """Tokens before the chunk, int64 [B] on the layer's device."""
-        return torch.tensor(self.before, device=self.q_BHQD.device)
+        return self.new.starts
 
 
 @dataclass(frozen=True)
@@ -126,10 +145,10 @@ class TokenMethod(Method, ABC):
     def observe(self, view: ChunkView, parts: list[Part], weights: list[Tensor]) -> None:
         """See the attention weights of each part, float32 [B, H, Q, S]; rows of padding are zero."""
 
-    def keep(self, cache: TokenCache, before: list[int], num_new: list[int], kv_budget: int) -> Tensor | None:
+    def keep(self, cache: TokenCache, new: NewTokens, kv_budget: int) -> Tensor | None:
         """Places of the cache that stay, int64 [B, J, n], ascending, -1 = none at the left; None = all stay.
 
-        Called before a chunk enters; J must be that of the positions kept. Samples with `num_new` 0 must not lose
+        Called before a chunk enters; J must be that of the positions kept. Samples without new tokens must not lose
         anything that they would keep alone.
         """
         return None

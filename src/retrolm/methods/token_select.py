@@ -65,14 +65,14 @@ class TokenSelect(TokenMethod):
         return self._split(kv_budget).chunk
 
     def select(self, view: ChunkView) -> list[Part] | None:
-        if max(b + n for b, n in zip(view.before, view.num_new, strict=True)) <= view.kv_budget and view.is_prefill:
+        new = view.new
+        if new.is_prefill and max(map(sum, zip(new.before, new.num_new, strict=True))) <= view.kv_budget:
             return None
         true_B1T = view.cache.true_BJT
         places = places_of(self._chosen(view, true_B1T), view.kv_budget)
         chosen = true_at(view.cache, places)
         placed = (chosen >= 0).cumsum(-1).sub(1).clamp(min=0)
-        num_new = torch.tensor(view.num_new, device=placed.device)
-        first = (chosen >= 0).sum(-1)[:, 0] - num_new
+        first = (chosen >= 0).sum(-1)[:, 0] - new.counts
         q_positions = first[:, None] + torch.arange(view.num_queries, device=placed.device)
         return [Part(places, distance(view.true_BQ, chosen) >= 0, q_positions.clamp(min=0), placed)]
 
@@ -83,8 +83,7 @@ class TokenSelect(TokenMethod):
         forced = (true_B1T >= 0) & ((true_B1T < split.num_init) | (true_B1T >= local_from))
         candidates = (true_B1T >= 0) & ~forced
         votes = self._votes(view, candidates)
-        num_new = torch.tensor(view.num_new, device=votes.device)[:, None, None]
-        room = view.kv_budget - split.num_init - split.num_local - num_new
+        room = view.kv_budget - split.num_init - split.num_local - view.new.counts[:, None, None]
         # Of equal votes the later token is taken: sort the reversed row.
         order = votes.flip(-1).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1).flip(-1)
         return forced | (candidates & (order < room))
@@ -117,7 +116,7 @@ class TokenSelect(TokenMethod):
         if before is not None and self.knobs.reuse < 1:
             alike = torch.cosine_similarity(query_BHD.flatten(1), before.flatten(1), dim=1) >= self.knobs.reuse
             query_BHD = torch.where(alike[:, None, None], before, query_BHD)
-        real = torch.tensor([n > 0 for n in view.num_new], device=query_BHD.device)[:, None, None]
+        real = (view.new.counts > 0)[:, None, None]
         view.cache.state["query"] = query_BHD if before is None else torch.where(real, query_BHD, before)
         return query_BHD
 
