@@ -28,6 +28,7 @@ def retrieval(
         typer.Option("--index", help="Training-free page method to compare with; may be repeated.",
                      show_default="all of them"),
     ] = [],  # noqa: B006
+    adapter: Annotated[str, typer.Option(help="Folder of a LoRA adapter (stage 2) on the model, or none.")] = "none",
     heatmap: Annotated[int, typer.Option(help="Questions per set to draw as maps of layers and pages.", min=0)] = 0,
 ) -> None:  # fmt: skip
     """Measure page recall on dense prefill: trained retrievers, untrained bookmarks, training-free indexes, oracle."""
@@ -37,7 +38,10 @@ def retrieval(
 
     indexes = page_indexes(index)
     lm = load_bare(backbone)
-    facts = {"model": backbone.label, "seed": sets.seed, **run_provenance()}
+    if adapter != "none":
+        lm.use_adapter(adapter)
+    name = None if lm.adapter is None else lm.adapter.card.name
+    facts = {"model": backbone.label, "adapter": name, "seed": sets.seed, **run_provenance()}
     retrievers = load_retrievers(lm, backbone.retriever)
     run_recall(lm, sets.make(lm.tokenizer), retrievers, out, facts, heatmap, indexes, _show)
 

@@ -59,7 +59,9 @@ def _identity(
     lm: RetroLM, retrievers: Mapping[str, PageRetriever], indexes: Sequence[str], facts: dict[str, Any]
 ) -> list[Any]:
     digests = {name: retriever_digest(retriever) for name, retriever in retrievers.items()}
-    return [facts["model"], lm.backbone.fingerprint(), str(lm.backbone.dtype), lm.config.page_size, digests, *indexes]
+    adapter = [] if lm.adapter is None else [retriever_digest(lm.adapter)]
+    shape = [facts["model"], lm.backbone.fingerprint(), str(lm.backbone.dtype), lm.config.page_size]
+    return [*shape, digests, *indexes, *adapter]
 
 
 def _measure(
