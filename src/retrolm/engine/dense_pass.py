@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.causal import causal_attention
 from ..ops.rotary import rotate, unscaled
 from .attachment import Attachment
 from .backbone import Backbone
@@ -60,7 +61,7 @@ class DenseProgram:
         cos, sin = (x[:, None] for x in rope.at(positions))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         window = self._backbone.layers[layer].window
-        out = _dense_attention(q, k, v, scale, softcap, window)
+        out = causal_attention(q, k, v, scale, softcap, window)
         if self._questions is not None:
             self._questions.attend(
                 q, out, window, lambda rows, allowed: _masked_attention(rows, k, v, scale, softcap, allowed)
@@ -83,17 +84,6 @@ def dense_pass(
             use_cache=False,
         )
     return program.states
-
-
-def _dense_attention(
-    q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float, softcap: float | None, window: int | None
-) -> Tensor:
-    T = q_BHTD.shape[2]
-    grouped = q_BHTD.shape[1] != k_BKTD.shape[1]
-    if softcap is None and (window is None or window >= T):
-        return F.scaled_dot_product_attention(q_BHTD, k_BKTD, v_BKTD, is_causal=True, scale=scale, enable_gqa=grouped)
-    distance = torch.arange(T, device=q_BHTD.device)[:, None] - torch.arange(T, device=q_BHTD.device)
-    return _masked_attention(q_BHTD, k_BKTD, v_BKTD, scale, softcap, (distance >= 0) & (distance < (window or T)))
 
 
 def _masked_attention(
