@@ -1,4 +1,7 @@
-"""The Triton kernels of decoding against their plain PyTorch forms. Run on a GPU, or with TRITON_INTERPRET=1."""
+"""The Triton kernels of decoding against their plain PyTorch forms.
+
+They run on a GPU, or on a CPU with TRITON_INTERPRET=1, whose matrix products know no bfloat16.
+"""
 
 from __future__ import annotations
 
@@ -72,9 +75,10 @@ def test_gated_row(shape: tuple[int, int], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", [12, 64, 96, 128])
-@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (8, 1)])
-@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "dim", "normed"),
+    [((4, 4), 64, False), ((8, 2), 128, False), ((8, 1), 96, False), ((4, 2), 12, False), ((8, 2), 128, True)],
+)
 def test_heads_are_rotated_and_placed(heads: tuple[int, int], dim: int, normed: bool, dtype: torch.dtype) -> None:
     num_heads, num_kv_heads = heads
     qkv = noise(2, (num_heads + 2 * num_kv_heads) * dim, dtype=dtype)
@@ -97,11 +101,16 @@ def test_heads_are_rotated_and_placed(heads: tuple[int, int], dim: int, normed: 
         assert got[:, :, rest].isnan().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", [64, 96, 128])
-@pytest.mark.parametrize("heads", [(2, 2), (8, 2), (8, 1)])
-@pytest.mark.parametrize("index", [0, 63, 111, 1000])
-@pytest.mark.parametrize("further", [(None, None), (30.0, None), (None, 40)])
+PLAIN = (None, None)
+TOKEN_CASES = [
+    *(((8, 2), dim, 111, PLAIN, dtype) for dim in (64, 96, 128) for dtype in DTYPES),
+    *((heads, 64, 111, PLAIN, torch.bfloat16) for heads in ((2, 2), (8, 1), (14, 2))),
+    *(((8, 2), 128, index, PLAIN, torch.bfloat16) for index in (0, 63, 1000, 2300)),
+    *(((8, 2), 128, 1000, further, torch.float32) for further in ((30.0, None), (None, 40), (30.0, 40))),
+]
+
+
+@pytest.mark.parametrize(("heads", "dim", "index", "further", "dtype"), TOKEN_CASES)
 def test_attention_of_one_token(
     heads: tuple[int, int],
     dim: int,

@@ -13,6 +13,7 @@ from retrolm.engine.model import RetroLM
 from retrolm.store import PageLayout, ResidentStore, TieredStore
 from retrolm.store import pinned as pinned_module
 from retrolm.store.fetch import copy_records
+from retrolm.store.quantise import dequantise, dequantise_reference, quantise
 from tiny_models import random_ids, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -42,6 +43,20 @@ def test_records_are_copied_between_host_and_device(num_bytes: int) -> None:
     assert torch.equal(target[slots].cpu(), source[picks])
     rest = [i for i in range(12) if i not in slots.tolist()]
     assert (target[rest] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("page_shape", [(16, 2, 64), (63, 8, 96), (256, 1, 128), (7, 3, 12)])
+def test_dequantising_is_what_plain_pytorch_does(
+    page_shape: tuple[int, int, int], bits: int, dtype: torch.dtype
+) -> None:
+    shape = PageLayout(*page_shape, dtype, (CUDA,), bits)
+    halves = quantise(*pages(shape, 5, 0), bits)
+    found = dequantise(*halves, page_shape, bits, dtype)
+    expected = dequantise_reference(*(half.cpu() for half in halves), page_shape, bits, dtype)
+    for x, y in zip(found, expected, strict=True):
+        assert (x.cpu().float() - y.float()).abs().max() <= 8 * torch.finfo(dtype).eps * y.float().abs().max()
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])

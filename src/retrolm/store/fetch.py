@@ -18,8 +18,8 @@ _PROGRAMS = 32  # enough bytes under way to fill the bus, few enough multiproces
 
 
 @cache
-def copies() -> bool:
-    """Whether `copy_records` can be used: it needs Triton."""
+def has_triton() -> bool:
+    """Whether Triton is installed, which the kernels need."""
     return find_spec("triton") is not None
 
 

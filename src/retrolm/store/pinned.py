@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .fetch import WORD, copies, copy_records
+from .fetch import WORD, copy_records, has_triton
 from .layout import PageLayout, Slabs
 
 _CPU = torch.device("cpu")
@@ -71,7 +71,7 @@ class PinnedSlabs(Slabs):
     def load(self, ids: Tensor, into: Slabs, slots: Tensor) -> None:
         """Copy pages `ids` to `slots` of a device's slabs (both on the host), on the current stream."""
         half = self._layout.page_bytes // 2
-        if self._out is None or not copies() or half % WORD:
+        if self._out is None or not has_triton() or half % WORD:
             keys, values = self.read(ids)
             into.write(slots, keys.to(self._compute), values.to(self._compute))
             return

@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from .fetch import has_triton
+
 _WIDER = 1 + 2.0**-10  # scales and zeros are rounded to float16, always so that every number lies within
 
 _LARGEST = torch.finfo(torch.float16).max
@@ -40,6 +42,18 @@ def dequantise(
     first: Tensor, second: Tensor, page_shape: tuple[int, int, int], bits: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Keys and values [N, W, K, D] in `dtype` from the two halves of records."""
+    if first.is_cuda and dtype != torch.float64 and first.shape[1] % 2 == 0 and has_triton():
+        from .quantise_kernel import dequantise_records
+
+        found_on_gpu: tuple[Tensor, Tensor] = dequantise_records(first, second, page_shape, bits, dtype)
+        return found_on_gpu
+    return dequantise_reference(first, second, page_shape, bits, dtype)
+
+
+def dequantise_reference(
+    first: Tensor, second: Tensor, page_shape: tuple[int, int, int], bits: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`dequantise` in plain PyTorch."""
     W, K, D = page_shape
     record = torch.cat([first, second], 1)
     key_scales, value_scales, key_codes, value_codes = (
