@@ -172,3 +172,14 @@ def test_row_text() -> None:
     row = {"step": 5, "loss": 1.5, "tokens_per_s": 12345, "peak_device_bytes": 0}
     assert row_text(row) == "step 5: loss 1.500 · 12,345 tokens/s"
     assert row_text({"step": 5, "dev_loss": 2.25}) == "step 5: held-out loss 2.2500"
+
+
+def test_page_recall_under_the_adapter(bench: Path, trained: Outcome, tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "wide", max_position_embeddings=4096)
+    words = ["eval", "retrieval", "--task", "ruler/niah_single_1", "--lengths", 700, "--num-samples", 1]
+    words += ["--page-size", 16, "--model", model, "--retriever", "none", "--out", tmp_path]
+    for adapter in ("none", bench / "run" / "adapter"):
+        assert run_cli(*words, "--adapter", adapter).code == 0
+    rows = [json.loads(line) for line in (tmp_path / "recall.jsonl").read_text().splitlines()]
+    assert {row["adapter"] for row in rows} == {None, "model-stage2"}
+    assert len({row["config_hash"] for row in rows}) == 2
