@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -216,3 +217,30 @@ def test_several_sequences_are_refused() -> None:
 
 def test_every_token_method_is_tested_here() -> None:
     assert {name for name in METHODS if METHODS.get(name).kind == "tokens"} == set(CASES)
+
+
+@pytest.mark.parametrize("kv_budget", [96, 512, 1024, 2048, 6144])
+@pytest.mark.parametrize("name", list(CASES))
+def test_defaults_can_be_served_from_every_common_budget(name: str, kv_budget: int) -> None:
+    method = METHODS.get(name)()
+    method.check_budget(kv_budget)
+    assert 1 <= method.chunk_tokens(kv_budget) <= 512  # type: ignore[attr-defined]
+
+
+def test_splits_of_2k_and_6k() -> None:
+    """First, window, block, chosen blocks, unit; and first, local, chunk of TokenSelect."""
+    infllm, selecting = METHODS.get("infllm")(), METHODS.get("tokenselect")()
+    splits = [dataclasses.astuple(infllm._split(budget)) for budget in (2048, 6144)]  # type: ignore[attr-defined]
+    assert splits == [(128, 769, 128, 7, 128), (128, 2817, 128, 23, 128)]
+    assert dataclasses.astuple(selecting._split(2048)) == (128, 512, 512)  # type: ignore[attr-defined]
+
+
+def test_tokenselect_pools_votes_and_reuses_queries() -> None:
+    model, ids = tiny_model("llama"), random_ids(90)
+    knobs = CASES["tokenselect"][0]
+    plain = engine("tokenselect", model, **knobs).logits(ids)
+    pooled = engine("tokenselect", model, **knobs, pool=3).logits(ids)
+    kept = engine("tokenselect", model, **knobs, reuse=-1.0).logits(ids)
+    alike = engine("tokenselect", model, **knobs, reuse=0.999999).logits(ids)
+    assert (plain - pooled).abs().max() > 1e-3 and (plain - kept).abs().max() > 1e-3
+    assert torch.equal(plain, alike)
