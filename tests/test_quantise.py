@@ -159,6 +159,20 @@ def test_the_device_tier_grows_with_the_pages() -> None:
     assert store.stats().hit_rate == 1.0
 
 
+def test_pages_outlive_the_step_beyond_the_cap() -> None:
+    """While all pages fit they stand in slots of their own number; then the oldest make room."""
+    shape = layout(16)
+    store = TieredStore(shape, 5 * shape.page_bytes * shape.num_layers, 1)
+    keys, values = outlying(shape, 12)
+    for first, last in ((0, 2), (2, 5), (5, 12)):
+        ids = store.reserve(last - first)
+        store.write(0, ids, keys[first:last], values[first:last])
+        for page in range(last):
+            found = store.read(0, torch.tensor([page]))
+            assert torch.equal(found[0][0], keys[page]) and torch.equal(found[1][0], values[page])
+    assert store.stats().hit_rate < 1.0 and store.bytes().device == 5 * shape.page_bytes * shape.num_layers
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_chunked_is_page_by_page_is_offloaded(name: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:

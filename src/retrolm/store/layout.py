@@ -69,8 +69,9 @@ class StoreStats:
     """What has moved between tiers since the store was made.
 
     Attributes:
-        pages_read: different pages that reads asked for, summed over reads. pages_missed: those of them that were
-            not on the device. pages_fetched: pages copied to the device, prefetched ones included.
+        pages_read: pages that reads asked for; where not all are on the device, each counts once per read.
+        pages_missed: those of them that were not on the device.
+        pages_fetched: pages copied to the device, prefetched ones included.
         bytes_to_device, bytes_to_host: what that moved. pin_s: seconds it took to pin host memory.
     """
 

@@ -74,11 +74,10 @@ class TieredStore(PageStore):
         self._num_written += len(ids)
 
     def _read(self, layer: int, ids: Tensor) -> tuple[Tensor, Tensor]:
-        ids = ids.to(_CPU)
         return self._cache[layer].read(ids, self._host[layer])
 
     def prefetch(self, layer: int, ids: Tensor) -> None:
-        self._cache[layer].prefetch(ids.to(_CPU), self._host[layer])
+        self._cache[layer].prefetch(ids, self._host[layer])
 
     def bytes(self) -> StoreBytes:
         host = self.num_used * self.layout.page_bytes * self.layout.num_layers
@@ -103,6 +102,8 @@ class TieredStore(PageStore):
 
 class LayerCache:
     """The device tier of one layer: which page stands in which slot, and when it was last used.
+
+    While it has a slot for every page, each stands in the slot of its own number, and nothing waits for the host.
 
     Args:
         slots: most pages it may hold.
@@ -130,10 +131,19 @@ class LayerCache:
             self._page_in = torch.cat([self._page_in, torch.full((missing,), -1)])
             self._used = torch.cat([self._used, torch.zeros(missing, dtype=torch.int64)])
 
+    @property
+    def _holds_all(self) -> bool:
+        return len(self._page_in) == len(self._slot_of)
+
     def insert(self, ids: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Take over pages that were just written; what doesn't fit is only dropped from the cache."""
+        """Take over pages that were just written (`ids` on the host); what doesn't fit is dropped from the cache."""
         self._wait_for_prefetch()
         self._clock += 1
+        if self._holds_all:
+            self._page_in[ids] = self._slot_of[ids] = ids
+            self._used[ids] = self._clock
+            self.slabs.write(ids, keys, values)
+            return
         slots = self._slot_of[ids]
         self._page_in[slots[slots >= 0]] = -1
         self._used[slots[slots >= 0]] = 0
@@ -143,6 +153,10 @@ class LayerCache:
 
     def read(self, ids: Tensor, host: HostPages) -> tuple[Tensor, Tensor]:
         """Return pages `ids` on the device, in parts if they don't fit the cache together."""
+        if self._holds_all:
+            self.num_reads += len(ids)
+            return self.slabs.read(ids)
+        ids = ids.to(_CPU)
         unique = ids.unique()
         capacity = len(self._page_in)
         if len(unique) <= capacity:
@@ -156,9 +170,9 @@ class LayerCache:
 
     def prefetch(self, ids: Tensor, host: HostPages) -> None:
         """Load pages on a stream of its own; only the next use of this layer waits for it."""
-        if self._stream is None:
+        if self._stream is None or self._holds_all:
             return
-        unique = ids.unique()[: len(self._page_in) // 2]
+        unique = ids.to(_CPU).unique()[: len(self._page_in) // 2]
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             self._load(unique, host)
