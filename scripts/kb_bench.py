@@ -46,9 +46,11 @@ from retrolm.knowledge_base.read_ahead import read_ahead
 base = KnowledgeBase.open(sys.argv[1])
 read_ahead(base.manifest.setup["weights_folder"])
 opened = time.time()
-import retrolm.engine.model
-imported = time.time()
-base.lm
+from retrolm.cli.startup import quick_imports
+with quick_imports():
+    import retrolm.engine.model
+    imported = time.time()
+    base.lm
 loaded, before = time.time(), io()
 first = base.ask(sys.argv[2], max_new_tokens=1)
 done, after = time.time(), io()

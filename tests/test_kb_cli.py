@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cli_runner import Desk, run_cli
+from retrolm.cli.startup import quick_imports
 from retrolm.engine.model import RetroLM
 from retrolm.knowledge_base.base import KnowledgeBase
 from retrolm.knowledge_base.manifest import PAGES_FILE, read_manifest
@@ -168,6 +170,14 @@ def test_looking_at_a_base_loads_no_torch(base: Path, desk: Desk) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_garbage_collection_goes_on_after_imports() -> None:
+    with pytest.raises(ValueError, match="stop"), quick_imports():
+        assert not gc.isenabled()
+        raise ValueError("stop")
+    assert gc.isenabled()
+    gc.unfreeze()
 
 
 def test_a_moved_model_is_named(base: Path, desk: Desk, tmp_path: Path) -> None:

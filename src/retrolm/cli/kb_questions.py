@@ -12,6 +12,7 @@ from .kb_options import BaseArgument, DocumentsOption, FirstLayerOption, ModelOp
 from .options import JsonFlag
 from .passage import passage as best_part
 from .screen import ERR, count, note, print_json, size, snippet, waiting
+from .startup import quick_imports
 
 if TYPE_CHECKING:
     from ..knowledge_base.answers import KnowledgeAnswer, Passage
@@ -85,7 +86,7 @@ def _open(base: str, questions: list[str], first_layer: str, model: str | None) 
 
     opened = KnowledgeBase.open(base, model)
     read_ahead(model or str(opened.manifest.setup.get("weights_folder")))
-    with waiting(f"Loading {snippet(model or str(opened.manifest.setup.get('model')), 60)} …"):
+    with waiting(f"Loading {snippet(model or str(opened.manifest.setup.get('model')), 60)} …"), quick_imports():
         from ..engine.quiet import silence_libraries
 
         silence_libraries()
