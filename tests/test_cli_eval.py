@@ -57,6 +57,7 @@ def test_samples_can_be_made_beforehand(model: Path, tmp_path: Path) -> None:
         (["--task", "ruler/vt", "--out", "x", "--kv-budget", "8192"], ["exceeds the model's window"]),
         (["--task", "ruler/vt", "--out", "x", "--task-option", "essay=a"], ["task option 'essay'"]),
         (["--task", "ruler/qa_1", "--out", "x", "--lengths", "512"], ["needs a data folder"]),
+        (["--task", "ruler/vt", "--out", "x", "--shards", "2"], ["--shards needs --ray"]),
         (["--task", "ruler/vt", "--out", "x", "--lengths", "1000", "--retriever", "nix"], ["No page retriever 'nix'"]),
     ],
 )
