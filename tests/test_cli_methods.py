@@ -60,11 +60,11 @@ def test_knobs_that_make_no_sense_are_refused(desk: Desk, setting: str, parts: t
     run_cli("ask", desk.text, QUESTION, *options).refused_in_one_line(*parts)
 
 
-@pytest.mark.parametrize("command", ["chat", "plan"])
+@pytest.mark.parametrize("command", ["chat", "plan", "verify", "bench", "demo"])
 def test_commands_on_pages_refuse_other_methods(desk: Desk, command: str) -> None:
-    run_cli(command, desk.text, "--method", "streaming_llm", *desk.options).refused_in_one_line(
-        f"`retrolm {command}` works on pages", "--method streaming_llm has none", "retrolm"
-    )
+    file = [desk.text] if command in ("chat", "plan") else []
+    outcome = run_cli(command, *file, "--method", "streaming_llm", *desk.options)
+    outcome.refused_in_one_line(f"`retrolm {command}` works on pages", "--method streaming_llm has none", "retrolm")
 
 
 def test_methods_says_what_each_keeps_and_spends() -> None:

@@ -12,7 +12,7 @@ import typer
 
 from ..errors import UserError
 from .bench_shape import ShapeOptions, bench_shape, record_selections
-from .loading import load_engine, read_source
+from .loading import load_engine, read_source, require_pages
 from .options import EngineOptions, JsonFlag, with_options
 from .output_file import check_writable, write_whole
 from .screen import ERR, count, error_line, note, print_json, seconds, show_table, size, waiting
@@ -54,6 +54,7 @@ def command(
     --record-selections the pages that a trained retriever chooses are recorded for that.
     """
     engine.check()
+    require_pages(engine, "bench")
     shape.check()
     sizes = _lengths(lengths)
     check_writable(output)

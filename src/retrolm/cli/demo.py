@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .answer_view import answer_json, cost_line, page_lines, read_line, setup_line, speed
-from .loading import check_questions, load_engine, read_document
+from .loading import check_questions, load_engine, read_document, require_pages
 from .options import EngineOptions, JsonFlag, with_engine_options
 from .passage import passage
 from .pull import fetch_if_missing
@@ -42,6 +42,7 @@ def command(
     The model is fetched first if it is a demo model that isn't here.
     """
     engine.check()
+    require_pages(engine, "demo")
     from ..engine.demo_questions import EXAMPLES, load_example
 
     example = load_example(examples or EXAMPLES, whole_book=book)
