@@ -72,7 +72,7 @@ def generate_pruned(
     input_ids, mask = left_padded([prompt.ids for prompt in prompts], lm.pad_id, width)
     cache, first, started = KeptCache(), FirstToken(), time.perf_counter()
     seen = PrunePass(lm.backbone, method, cache, prompts, kv_budget)
-    call = checked.call(max_new_tokens, first, None)
+    call = checked.call(max_new_tokens, first, checked.streamer)
     with lm.attachment.run(seen):
         out = lm.model.generate(
             input_ids=input_ids.to(lm.device),
