@@ -402,3 +402,18 @@ def test_the_evaluation_runs_them_and_stops_those_that_did_nothing(
     monkeypatch.setattr(PruneMethod, "layer_budgets", lambda self, tokens, layers, budget: [tokens] * layers)
     with pytest.raises(BudgetError, match="Method 'snapkv' attended"):
         run_stories(tmp_path / "nothing", 1, variants[:1])
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral-sliding"])
+def test_beams_of_a_ragged_batch_follow_their_caches(family: str) -> None:
+    """Each beam stays with its prompt; with room for everything they are the stock model's beams."""
+    model, prompts = tiny_model(family), [random_ids(n, n).tolist() for n in (60, 41)]
+    lm, options = engine(model), {"max_new_tokens": 5, "do_sample": False, "num_beams": 3}
+    rows = [PrunePrompt(ids, 0) for ids in prompts]
+    for budget in (BUDGET, 100):
+        found = generate_pruned(lm, method("snapkv"), rows, kv_budget=budget, **options)
+        apart = [generate_pruned(lm, method("snapkv"), [row], kv_budget=budget, **options)[0] for row in rows]
+        assert [one.token_ids for one in found] == [one.token_ids for one in apart]
+    with wide_softmax():
+        out = [model.generate(torch.tensor([ids]), pad_token_id=1, **options)[0, len(ids) :] for ids in prompts]
+    assert [one.token_ids for one in found] == [row.tolist() for row in out]
