@@ -50,7 +50,7 @@ def evaluate(
     backbone: BackboneOptions,
     out: Annotated[Path | None, typer.Option(help="Folder for the rows; a stopped run goes on there.")] = None,
     method: Annotated[
-        list[str], typer.Option("--method", help="full (dense attention) or a page method; may be repeated.")
+        list[str], typer.Option("--method", help="How the budget is spent (see `retrolm methods`); may be repeated.")
     ] = ["retrolm"],  # noqa: B006
     kv_budget: Annotated[list[int], typer.Option("--kv-budget", help="Tokens per layer; may be repeated.")] = [2048],  # noqa: B006
     batch_size: Annotated[int, typer.Option(help="Samples read and answered side by side.", min=1)] = 1,
