@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,11 @@ def render_header(arrays: Mapping[str, tuple[str, tuple[int, ...]]], metadata: M
 
 
 def write_arrays(path: Path, arrays: Mapping[str, tuple[str, NDArray[Any]]]) -> DurableFile:
-    """Write whole arrays name → (dtype, values) into a new file; returns the closed file with its size and digest."""
+    """Write whole arrays name → (dtype, values) into a new file; returns the closed file with its size and digest.
+
+    The widest numbers come first, so that each array begins at a multiple of its own width.
+    """
+    arrays = dict(sorted(arrays.items(), key=lambda item: -item[1][1].itemsize))
     with DurableFile(path) as file:
         file.write(render_header({name: (dtype, value.shape) for name, (dtype, value) in arrays.items()}, {}))
         for _, value in arrays.values():
@@ -109,11 +114,23 @@ def read_header(path: Path, what: str) -> Header:
     return Header(arrays, metadata, len(head), hashlib.sha256(head).hexdigest())
 
 
-def read_array(path: Path, place: ArrayPlace, what: str) -> NDArray[Any]:
-    """Read one whole array."""
-    with open_regular(path, what) as (descriptor, _):
-        data = read_exactly(descriptor, place.start, place.num_bytes, what)
-    return np.frombuffer(bytearray(data), dtype=NUMPY_OF[place.dtype]).reshape(place.shape)
+def read_file(path: Path, what: str) -> NDArray[np.uint8]:
+    """All bytes of a file."""
+    with open_regular(path, what) as (descriptor, size):
+        data, at = np.empty(size, np.uint8), 0
+        while at < size:
+            count = os.preadv(descriptor, [data[at:].data], at)
+            if not count:
+                raise _damaged(what, f"it ends at byte {at}")
+            at += count
+    return data
+
+
+def array_in(data: NDArray[np.uint8], place: ArrayPlace) -> NDArray[Any]:
+    """One array of a file's bytes, in place where its address allows it."""
+    dtype = np.dtype(NUMPY_OF[place.dtype])
+    part = data[place.start : place.start + place.num_bytes]
+    return (part if place.start % dtype.itemsize == 0 else part.copy()).view(dtype).reshape(place.shape)
 
 
 def _metadata(fields: Any) -> dict[str, str]:

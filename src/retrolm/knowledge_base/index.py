@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .container import Header, read_array, read_header, write_arrays
-from .durable import DurableFile, sha256_of
+from .container import Header, array_in, read_file, read_header, write_arrays
+from .durable import DurableFile
 from .faults import DamagedBaseError
 from .manifest import DocumentEntry
 from .shard import RecordShape
@@ -54,15 +54,16 @@ class Index:
 
 
 class IndexFile:
-    """An index on disk, its big arrays read when asked for.
+    """An index on disk, read once and whole: a question needs the digests of all pages.
 
     Raises:
         DamagedBaseError: it isn't the file that was written, or doesn't fit its manifest entry.
     """
 
     def __init__(self, path: Path, entry: DocumentEntry, shape: RecordShape, file_sha256: str, what: str) -> None:
-        self._path, self._what = path, what
-        if sha256_of(path, what) != file_sha256:
+        self._what = what
+        self._data = read_file(path, what)
+        if hashlib.sha256(self._data.data).hexdigest() != file_sha256:
             raise DamagedBaseError(
                 f"{what} is damaged: it doesn't match its checksum. Remove the document and add it again."
             )
@@ -80,10 +81,7 @@ class IndexFile:
     def rows(self, front: str, layer: int) -> tuple[str, NDArray[Any]]:
         """Dtype and rows [pages, E] of one layer."""
         place = self._header.array(f"{front}{layer}", self._what)
-        return place.dtype, read_array(self._path, place, self._what)
-
-    def all_rows(self, front: str) -> dict[int, tuple[str, NDArray[Any]]]:
-        return {layer: self.rows(front, layer) for layer in self.layers(front)}
+        return place.dtype, array_in(self._data, place)
 
     def _small(self, name: str, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
         place = self._header.array(name, self._what)
@@ -92,7 +90,7 @@ class IndexFile:
                 f"{self._what} doesn't fit the manifest: {name} is {place.dtype} {list(place.shape)}. Remove the "
                 "document and add it again."
             )
-        return read_array(self._path, place, self._what)
+        return array_in(self._data, place)
 
 
 class TokenPages(Sequence[list[int]]):
