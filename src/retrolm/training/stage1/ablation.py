@@ -80,7 +80,8 @@ def load_ablation(path: Path, overrides: Mapping[str, Any] | None = None) -> Abl
     recipe = load_recipe(path.parent / content["recipe"], {**content.get("train", {}), **(overrides or {})})
     if not content.get("changes"):
         raise UserError(f"{path} names no change. Add at least one [[changes]].")
-    changes = tuple(build_table(Change, {"name": "", "choice": "", **entry}, "key of a change") for entry in content["changes"])
+    entries = [{"name": "", "choice": "", **entry} for entry in content["changes"]]
+    changes = tuple(build_table(Change, entry, "key of a change") for entry in entries)
     names = [change.name for change in changes]
     if "" in names:
         raise UserError(f"{path} has a change without a name. Give every [[changes]] a name.")
