@@ -184,7 +184,7 @@ def generate(lm: RetroLM, document: Any, question: list[int]) -> tuple[Any, Tens
     from retrolm.engine.generation import Generator, Query
 
     query, recorder = Query(document.table, question, document.token_ids), Recorder()
-    options = lm._options({"do_sample": False, "logits_processor": [recorder], "eos_token_id": None}, ())
+    options = lm.options_for({"do_sample": False, "logits_processor": [recorder], "eos_token_id": None}, ())
     Generator(document.encoder).run([query], 12, options)
     return query, torch.cat(recorder.logits)
 

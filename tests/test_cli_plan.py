@@ -36,7 +36,7 @@ def test_sizes_are_exactly_those_of_the_run(desk: Desk, more: list[str]) -> None
     asked = run_cli("ask", desk.text, "Who?", *desk.options, *more, "--json").json
     assert planned.code == 0
     assert {key: planned.json[key] for key in EXACT} == {key: asked[key] for key in EXACT}
-    assert planned.json["kv_bytes"] == {place: asked["kv_bytes"][place] for place in ("device", "host")}
+    assert all(planned.json["kv_bytes"][place] == asked["kv_bytes"][place] for place in ("device", "host"))
 
 
 def test_plan_shows_tokens_pages_time_and_memory(desk: Desk) -> None:

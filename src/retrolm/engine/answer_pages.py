@@ -12,6 +12,8 @@ from ..paging import PageTable, page_lengths
 from .answering import PROGRAMS, AnswerProgram, Prompt
 from .chunk import query_group
 from .encoder import Progress, require_room
+from .page_asking import ask_pages
+from .page_reading import page_logits, read_pages
 from .results import Answer
 
 
@@ -25,24 +27,24 @@ class PageProgram(AnswerProgram):
         return config.kv_budget + (0 if config.strict_budget else config.page_size)
 
     def read(self, sources: list[Any], progress: Progress | None) -> list[Any]:
-        return self.lm.read_pages(sources, progress)
+        return read_pages(self.lm, sources, progress)
 
     def ask(self, pairs: Sequence[tuple[Any, Any]], max_new_tokens: int, raw: bool, **options: Any) -> list[Answer]:
-        return self.lm.ask_pages(pairs, max_new_tokens, raw, **options)
+        return ask_pages(self.lm, pairs, max_new_tokens, raw, **options)
 
     def answer(self, prompts: Sequence[Prompt], max_new_tokens: int, **options: Any) -> list[Answer]:
-        documents = self.lm.read_pages(
-            [list(prompt.document) for prompt in prompts], heads=[prompt.prefix for prompt in prompts]
+        documents = read_pages(
+            self.lm, [list(prompt.document) for prompt in prompts], heads=[prompt.prefix for prompt in prompts]
         )
         try:
             pairs = [(document, prompt.question) for document, prompt in zip(documents, prompts, strict=True)]
-            return self.lm.ask_pages(pairs, max_new_tokens, raw=True, **options)
+            return ask_pages(self.lm, pairs, max_new_tokens, raw=True, **options)
         finally:
             for document in documents:
                 document.close()
 
     def logits(self, input_ids: Tensor) -> Tensor:
-        return self.lm.page_logits(input_ids)
+        return page_logits(self.lm, input_ids)
 
     def require_room(self, num_text_tokens: int, question: list[int]) -> None:
         config = self.lm.config

@@ -18,7 +18,9 @@ from ..store.layout import StoreBytes
 from .chunk import Chunk, text_group
 from .document import Document
 from .memory import PeakMemory, tensor_bytes
-from .model import SPARE_PAGES, RetroLM
+from .model import RetroLM
+from .page_reading import cut_pages, paged_text
+from .page_stores import SPARE_PAGES
 
 _TIMED_TOKENS = 4
 
@@ -117,12 +119,12 @@ class _Trial:
     def __init__(self, lm: RetroLM, prefix: list[int], num_own_tokens: int) -> None:
         config, size = lm.config, lm.config.page_size
         steady = config.kv_budget + config.chunk_pages * size
-        self.pages = lm._cut(prefix, [lm.pad_id] * min(num_own_tokens, steady))
+        self.pages = cut_pages(prefix, [lm.pad_id] * min(num_own_tokens, steady), size)
         self.store: PageStore = lm.new_store(len(self.pages))
-        self.table: PageTable = lm._paged(self.store, self.pages, len(page_lengths(len(prefix), size))).table
+        self.table: PageTable = paged_text(self.store, self.pages, len(page_lengths(len(prefix), size)), size).table
         self.memory = PeakMemory([info.device for info in lm.backbone.layers])
         self._lm = lm
-        self._encoder = lm._encoder(self.store)
+        self._encoder = lm.encoder_over(self.store)
 
     def run(self, question: str) -> None:
         spans = [(0, 0)] * len(self.pages)
@@ -151,7 +153,7 @@ class _Trial:
         return num_written * self.store.layout.page_bytes * self.store.layout.num_layers * (2 if tiered else 1)
 
     def _now(self) -> float:
-        self._lm._wait()
+        self._lm.wait()
         return time.perf_counter()
 
 
