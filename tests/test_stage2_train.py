@@ -156,6 +156,17 @@ def test_all_weights_come_with_w_b_written_out(documents: Path, tmp_path: Path) 
     assert float(saved) == pytest.approx(trained, abs=2e-3)
 
 
+@pytest.mark.parametrize("attention", ["sparse", "full"])
+def test_all_weights_in_bfloat16_are_kept_in_float32(attention: str, documents: Path, tmp_path: Path) -> None:
+    """Small steps would be rounded away in bfloat16 weights (D25)."""
+    changes = {"weights": "full", "dtype": "bfloat16", "lr": 1e-3, "attention": attention}
+    trainer = tiny_stage2_trainer(tmp_path, documents, **changes)
+    at_first = trainer.dev_loss()
+    assert trainer.run()
+    assert {p.dtype for p in trainer.step_module.parameters()} == {torch.float32}
+    assert trainer.dev_loss() < at_first - 0.1  # type: ignore[operator]
+
+
 def test_held_out_documents_are_never_trained_on(documents: Path, tmp_path: Path) -> None:
     trainer = tiny_stage2_trainer(tmp_path, documents, data={"epochs": 1, "min_tokens": 2})
     tokenizer = tiny_tokenizer()

@@ -161,7 +161,8 @@ class SparseProgram:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
         rope = self._backbone.rope(layer)
-        q, k = (unscaled(x[0].transpose(0, 1), rope.scaling, rope.rotary_dims) for x in (q, k))
+        # Under autocast the stock rotary step leaves queries and keys wider than values.
+        q, k = (unscaled(x[0].transpose(0, 1).to(v.dtype), rope.scaling, rope.rotary_dims) for x in (q, k))
         v = v[0].transpose(0, 1)
         T = self.pages.num_tokens
         keys, values = self.pages.paged(k[:T]), self.pages.paged(v[:T])
