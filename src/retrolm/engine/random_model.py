@@ -32,7 +32,10 @@ def load_shape(name: str) -> Any:
 
 def random_model(config: Any, dtype: torch.dtype, device: torch.device, seed: int = 0, **changes: Any) -> Any:
     """A model of this shape in stock initialisation, made on `device`; `changes` override fields of `config`."""
-    config = type(config)(**{**config.to_dict(), **changes})
+    fields = {**config.to_dict(), **changes}
+    if fields.get("layer_types"):
+        fields["layer_types"] = fields["layer_types"][: fields["num_hidden_layers"]]
+    config = type(config)(**fields)
     torch.manual_seed(seed)
     with torch.device(device):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
