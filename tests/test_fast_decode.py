@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from retrolm.config import RetroConfig
 from retrolm.engine.compact_cache import CompactCache
 from retrolm.engine.decode_step import FUSED_FAMILIES, fused_obstacle
-from retrolm.engine.fast_decode import Runner
+from retrolm.engine.fast_decode import Runner, fast_decode_of
 from retrolm.engine.generate_options import StopWhen
 from retrolm.engine.generation import Generator, Query
 from retrolm.engine.model import RetroLM
@@ -125,6 +125,20 @@ def test_answers_of_unlike_lengths_share_a_cache_safely() -> None:
     after = lm.generate(random_ids(9)[None], max_new_tokens=20, decoding="fast")
     alone = fresh.generate(random_ids(9)[None], max_new_tokens=20, decoding="fast")
     assert after.tolist() == alone.tolist()
+
+
+def test_a_replaced_weight_is_seen() -> None:
+    """The steps kept from earlier answers must not go on with what the model no longer holds."""
+    lm, ids = attach("llama"), random_ids(90)[None]
+    lm.generate(ids, max_new_tokens=3, decoding="fast")
+    kept = list(fast_decode_of(lm.attachment, lm.backbone)._runners.values())
+    lm.generate(ids, max_new_tokens=3, decoding="fast")
+    assert list(fast_decode_of(lm.attachment, lm.backbone)._runners.values()) == kept
+    with torch.no_grad():
+        lm.model.lm_head.weight = torch.nn.Parameter(lm.model.lm_head.weight.flip(0).clone())
+    found, expected = both(lm, ids, max_new_tokens=8, do_sample=False)
+    assert found.tolist() == expected.tolist()
+    assert list(fast_decode_of(lm.attachment, lm.backbone)._runners.values()) != kept
 
 
 class Collect(BaseStreamer):

@@ -72,6 +72,7 @@ class FastDecode:
         self._backbone = backbone
         self._runners: OrderedDict[int, Runner] = OrderedDict()
         self._failure: str | None = None
+        self._captured: tuple[int, ...] = ()
 
     def obstacle(self) -> str | None:
         """Why this model can't be decoded here, or None."""
@@ -93,6 +94,7 @@ class FastDecode:
         """Generate; None if the step can't be captured here, which `obstacle` then explains."""
         batch = len(request.captures) * request.repeats
         places = places_for(request.captures, request.num_tokens)
+        self._forget_other_weights()
         runner = self._runners.get(batch)
         if runner is None or runner.cache.places < places:
             self._runners.pop(batch, None)
@@ -112,6 +114,14 @@ class FastDecode:
         if request.streamer is not None:
             request.streamer.end()
         return decoded
+
+    def _forget_other_weights(self) -> None:
+        """A captured step goes on reading the weights it was captured with: others, elsewhere, need a new one."""
+        model = self._backbone.model
+        found = (*map(id, model.modules()), *(x.data_ptr() for x in (*model.parameters(), *model.buffers())))
+        if found != self._captured:
+            self.release()
+        self._captured = found
 
     def release(self) -> None:
         """Give caches and graphs back."""
