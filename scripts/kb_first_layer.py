@@ -1,7 +1,8 @@
 """What should the first layer of a composed answer take: pages by mean keys, or the last ones?
 
 Plants one fact in each of several stretches of a text, puts each stretch into a base as a document of its own, and asks
-for the facts: with all documents composed, under both settings, and with the one document that has it (exact).
+for the facts: with all documents composed, under both settings; with the one document that has it (exact); and with all
+stretches read as one text (joined), which shows what documents lose that haven't seen each other.
 
     python scripts/kb_first_layer.py --text BOOK --folder DIR [--documents 6] [--tokens 1500] [--kv-budget 1024]
 """
@@ -30,18 +31,22 @@ def main() -> None:
     shutil.rmtree(options.folder / "base", ignore_errors=True)
     base = KnowledgeBase.create(options.folder / "base", options.model, kv_budget=options.kv_budget)
     facts = random_facts(random.Random(options.seed), options.documents, "word_pair", "number")
-    for index, fact in enumerate(facts):
-        base.add(_stretch(base, options, index, fact), name=fact.key)
+    stretches = [_stretch(options, index, fact) for index, fact in enumerate(facts)]
+    for fact, text in zip(facts, stretches, strict=True):
+        base.add(text, name=fact.key)
     rows = {setting: [_ask(base, fact, setting) for fact in facts] for setting in ("mean_key", "recent", "exact")}
+    base.remove([fact.key for fact in facts])
+    base.add("".join(stretches), name="joined")
+    rows["joined"] = [_ask(base, fact, "joined") for fact in facts]
     summary = {
         setting: {key: sum(row[key] for row in found) / len(found) for key in found[0]}
         for setting, found in rows.items()
     }
-    sizes = {"num_documents": len(facts), "num_tokens": sum(entry.num_tokens for entry in base.documents)}
+    sizes = {"num_documents": len(facts), "num_tokens": base.documents[0].num_tokens}
     print(json.dumps({**sizes, "settings": summary, **provenance(sys.argv)}, indent=1))
 
 
-def _stretch(base: KnowledgeBase, options: argparse.Namespace, index: int, fact: Fact) -> str:
+def _stretch(options: argparse.Namespace, index: int, fact: Fact) -> str:
     """One document: its own part of the text, with its fact somewhere inside."""
     text: str = options.text.read_text(encoding="utf-8")
     size = options.tokens * 4
@@ -51,8 +56,9 @@ def _stretch(base: KnowledgeBase, options: argparse.Namespace, index: int, fact:
 
 
 def _ask(base: KnowledgeBase, fact: Fact, setting: str) -> dict[str, Any]:
-    which: dict[str, Any] = {"documents": fact.key} if setting == "exact" else {"first_layer": setting}
-    answer: KnowledgeAnswer = base.ask(QUESTION.format(key=fact.key), max_new_tokens=16, **which)
+    names = {"exact": fact.key, "joined": "joined"}
+    which: dict[str, Any] = {"documents": names[setting]} if setting in names else {"first_layer": setting}
+    answer: KnowledgeAnswer = base.ask(QUESTION.format(key=fact.key), max_new_tokens=32, **which)
     value = fact.values[0]
     layers = [len(one.layers) for one in answer.passages if value in one.text]
     scoring = base.lm.backbone.num_layers - base.lm.config.num_skip_layers

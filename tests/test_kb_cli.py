@@ -140,6 +140,7 @@ def test_several_files_some_of_them_bad(base: Path, desk: Desk, tmp_path: Path) 
         (["kb", "add", "{base}", "{text}", "--host-kv-gb", "0.000001"], ["host_kv_bytes=1000 holds 0 pages"]),
         (["kb", "remove", "{base}"], ["Nothing to remove"]),
         (["kb", "create", "{base}"], ["knowledge base already"]),
+        (["kb", "create", "{tmp}/new", "--method", "full"], ["full", "pages"]),
         (["kb", "rename", "{base}"], ["'rename'"]),
     ],
 )

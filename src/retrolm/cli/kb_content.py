@@ -11,6 +11,7 @@ import typer
 
 from ..errors import UserError
 from .kb_options import BaseArgument, ModelOption, WaitOption, WhereOption, parse_metadata, whole_bytes
+from .loading import require_pages
 from .options import EngineOptions, JsonFlag, with_engine_options
 from .screen import count, error_line, note, print_json, progress_bar, seconds, size, snippet, waiting
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 def create(engine: EngineOptions, base: BaseArgument, as_json: JsonFlag = False) -> None:
     """Make an empty base for one model, retriever, method and budget; these stay what they are."""
     engine.check()
+    require_pages(engine, "kb create")
     with waiting(f"Loading {snippet(engine.model, 60)} …"):
         from ..engine.quiet import silence_libraries
         from ..knowledge_base.base import KnowledgeBase
@@ -32,7 +34,9 @@ def create(engine: EngineOptions, base: BaseArgument, as_json: JsonFlag = False)
             base,
             engine.model,
             retriever=None if engine.retriever == "none" else engine.retriever,
+            adapter=None if engine.adapter == "none" else engine.adapter,
             method=engine.method,
+            method_options=engine.method_options(),
             dtype=engine.dtype,
             **asdict(engine.config()),
         )
