@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -137,6 +138,23 @@ def test_checkpointing_and_chunking_change_no_bit(name: str) -> None:
     chunked = run(tiny_model(name), random_ids(99), trained=True, kv_budget=5 * W, chunk=7)
     assert torch.allclose(plain[0], chunked[0], rtol=0, atol=1e-12)
     assert_close(chunked[1], plain[1], 1e-12)
+
+
+def test_layers_may_run_again_in_another_thread() -> None:
+    """As on CUDA, where autograd has a thread of its own: the second run belongs to the pass of the first."""
+    ids = random_ids(99)
+    _, expected, _ = run(tiny_model("qwen2"), ids, kv_budget=5 * W)
+    model = tiny_model("qwen2")
+    lm = RetroLM(model, config=RetroConfig(page_size=W, kv_budget=5 * W))
+    program = sparse_program(lm, lm.config, len(ids))
+    checkpoint_layers(model)
+    with lm.attachment.run(program):
+        loss = token_losses(lm.backbone, ids, program, lm.untrained_bookmark(), chunk=13).mean()
+        thread = threading.Thread(target=loss.backward)
+        thread.start()
+        thread.join()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 @settings(max_examples=15, deadline=None)
