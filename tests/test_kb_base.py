@@ -24,6 +24,7 @@ from retrolm.knowledge_base.base import KnowledgeBase
 from retrolm.knowledge_base.faults import DamagedBaseError, MismatchError
 from retrolm.knowledge_base.manifest import PAGES_FILE, TEXT_FILE
 from retrolm.paging import PageTable
+from test_adapter import random_adapter
 from test_against_naive import random_retriever
 from tiny_models import tiny_model
 from tiny_tokenizer import STORY, tiny_tokenizer
@@ -221,6 +222,15 @@ def test_duplicates_are_recognised(tmp_path: Path) -> None:
     assert len(base.documents) == 1
 
 
+def test_a_text_edited_into_another_leaves_no_old_version(tmp_path: Path) -> None:
+    base = KnowledgeBase.create(tmp_path / "base", engine())
+    base.add(story(300), name="a")
+    base.add(story(200, 50), name="b")
+    (added,) = base.add(story(300), name="b")
+    assert (added.status, added.document.name) == ("duplicate", "a")
+    assert [entry.name for entry in base.documents] == ["a"]
+
+
 EDITS: dict[str, Callable[[str], str]] = {
     "appended": lambda text: text + " And so it went on, night by night, with twelve lamps.",
     "changed at the end": lambda text: text[:-30] + "nothing like it was before.",
@@ -373,10 +383,18 @@ def test_readers_see_what_a_writer_finished(tmp_path: Path) -> None:
     assert writer.gc().num_deleted == 1
 
 
+def adapted() -> RetroLM:
+    lm = engine()
+    lm.use_adapter(random_adapter(lm))
+    return lm
+
+
 DIFFERENT: dict[str, tuple[Callable[[], RetroLM], str]] = {
     "weights": (lambda: engine(seed=1), "weights"),
     "family": (lambda: engine("qwen2", retriever=False), "backbone"),
     "retriever": (lambda: engine(retriever=False), "retriever"),
+    "adapter": (adapted, "adapter"),
+    "bits": (lambda: engine(store_bits=8), "store_bits: 16 and 8"),
     "budget": (lambda: engine(kv_budget=136), "kv_budget: 128 and 136"),
     "page size": (lambda: engine(page_size=4), "page_size: 8 and 4"),
     "stored dtype": (lambda: engine(store_dtype="bfloat16"), "stored_dtype: 'float64' and 'bfloat16'"),
@@ -410,6 +428,17 @@ def test_a_fine_tuned_model_is_refused(tmp_path: Path) -> None:
         other.model.model.layers[2].self_attn.q_proj.weight += (up @ down) * 1e-3
     with pytest.raises(MismatchError, match="weights"):
         KnowledgeBase.open(tmp_path / "base", other).ask(QUESTION)
+
+
+def test_an_adapter_belongs_to_the_base(tmp_path: Path) -> None:
+    base = KnowledgeBase.create(tmp_path / "base", adapted())
+    base.add(story(300), name="a")
+    again = adapted()
+    expected = again.read(story(300)).ask(QUESTION, max_new_tokens=5)
+    found = KnowledgeBase.open(tmp_path / "base", again).ask(QUESTION, max_new_tokens=5)
+    assert found.answer.token_ids == expected.token_ids
+    with pytest.raises(MismatchError, match="adapter"):
+        KnowledgeBase.open(tmp_path / "base", engine()).ask(QUESTION)
 
 
 def test_options_of_speed_may_differ(tmp_path: Path) -> None:

@@ -189,10 +189,7 @@ class KnowledgeBase:
         same = [entry for entry in writer.manifest.documents if entry.sha256 == digest]
         before = [entry for entry in writer.manifest.documents if entry.name == source.name]
         if same:
-            if same == before and (metadata and metadata != same[0].metadata):
-                same = [dataclasses.replace(same[0], metadata=metadata)]
-                writer.change(same[0])
-            return Added("duplicate", same[0], 0, 0)
+            return Added("duplicate", _known(writer, same[0], before, metadata), 0, 0)
         old = self._stored(before[0]) if before else None
         read = read_text(lm, source.text, old, progress)
         entry = read.entry(source.name, source.path, metadata or (before[0].metadata if before else {}))
@@ -329,6 +326,16 @@ class KnowledgeBase:
         except OSError:
             return (0, 0, 0)
         return (state.st_ino, state.st_mtime_ns, state.st_size)
+
+
+def _known(writer: Writer, same: DocumentEntry, before: list[DocumentEntry], metadata: dict[str, Any]) -> DocumentEntry:
+    """The entry of a text that is there already, with its new fields; an outdated one under its name goes."""
+    if before and before[0].id != same.id:
+        writer.remove([before[0].id])
+    elif before and metadata and metadata != same.metadata:
+        same = dataclasses.replace(same, metadata=metadata)
+        writer.change(same)
+    return same
 
 
 def _bytes_read(document: KeptDocument) -> int:
