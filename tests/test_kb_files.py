@@ -406,8 +406,17 @@ def left_out(archive: tarfile.TarFile, member: tarfile.TarInfo, data: bytes) -> 
         put(archive, member, data)
 
 
+def sparse(archive: tarfile.TarFile, member: tarfile.TarInfo, data: bytes) -> None:
+    """A file that is nearly all holes, of the size that the manifest names."""
+    if member.name.endswith(PAGES_FILE):
+        size = str(len(data))
+        member.pax_headers = {"GNU.sparse.map": f"0,1,{size},0", "GNU.sparse.size": size, "GNU.sparse.numblocks": "2"}
+        data = data[:1]
+    put(archive, member, data)
+
+
 @pytest.mark.parametrize(
-    "change", [traversal, absolute, pickled, linked, hard_linked, inflated, doubled, flipped, left_out]
+    "change", [traversal, absolute, pickled, linked, hard_linked, inflated, doubled, flipped, left_out, sparse]
 )
 def test_hostile_archives_are_refused(
     base: Path, tmp_path: Path, change: Callable[[tarfile.TarFile, tarfile.TarInfo, bytes], None]
@@ -419,6 +428,20 @@ def test_hostile_archives_are_refused(
         import_base(hostile, tmp_path / "new")
     assert sorted(tmp_path.iterdir()) == before
     assert not (tmp_path.parent / "evil.txt").exists()
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_SPARSE])
+def test_headers_of_absurd_size_are_refused(kind: bytes, base: Path, tmp_path: Path) -> None:
+    export_base(base, tmp_path / "base.tar")
+    whole = (tmp_path / "base.tar").read_bytes()
+    huge = tarfile.TarInfo("x")
+    huge.type, huge.size = kind, 8**11 - 1
+    header = huge.tobuf(tarfile.GNU_FORMAT)
+    manifest = 512 + -(-len(render(read_manifest(base))) // 512) * 512
+    (tmp_path / "hostile.tar").write_bytes(whole[:manifest] + header + whole[manifest:])
+    with pytest.raises(DamagedBaseError):
+        import_base(tmp_path / "hostile.tar", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_manifest_that_names_a_path_outside_is_refused(base: Path, tmp_path: Path) -> None:

@@ -130,5 +130,6 @@ def _show_details(question: str, answer: KnowledgeAnswer, num_pages: int) -> Non
     for line in (*(["stopped at --max-new-tokens"] if answer.answer.truncated else []), *answer.answer.notes):
         note(line, INDENT)
     reuse = "as it was read" if answer.reuse == "exact" else "composed: they haven't seen each other"
-    note(f"{count(len(answer.documents))} documents, {reuse} · {size(answer.page_bytes_read)} of pages read", INDENT)
+    documents = "1 document" if len(answer.documents) == 1 else f"{count(len(answer.documents))} documents"
+    note(f"{documents}, {reuse} · {size(answer.page_bytes_read)} of pages read", INDENT)
     note(cost_line(answer.answer), INDENT)

@@ -96,7 +96,7 @@ def _unpack(path: Path, staging: Path) -> Manifest:
             require_space(staging, sum(entry.num_bytes for entry in manifest.documents))
             prepare_folder(staging)
             _unpack_documents(archive, manifest, staging, path)
-    except (tarfile.TarError, EOFError, OverflowError, ValueError) as error:
+    except (tarfile.TarError, EOFError, OverflowError, MemoryError, RecursionError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise DamagedBaseError(f"{path} is no file written by `retrolm kb export` ({error}).") from None
