@@ -11,6 +11,7 @@ from torch import Tensor
 
 from retrolm.config import RetroConfig
 from retrolm.engine.model import RetroLM
+from retrolm.engine.page_rows import PageRows
 from retrolm.engine.prefill import PrefillProgram
 from test_against_naive import random_retriever
 from tiny_models import MODELS, ORIGINAL, random_ids, stock_logits, tiny_model
@@ -150,7 +151,7 @@ def test_questions_and_turns_do_not_wait(no_waiting: None) -> None:
 
 
 def test_a_wait_would_show(no_waiting: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    stock = PrefillProgram._empty
-    monkeypatch.setattr(PrefillProgram, "_empty", lambda self, like: stock(self, like) * float(like.sum() * 0 + 1))
+    stock = PageRows.room
+    monkeypatch.setattr(PageRows, "room", lambda self, packed: stock(self, packed * float(packed.sum() * 0 + 1)))
     with pytest.raises(RuntimeError, match="synchroniz"):
         make("llama", torch.float32).logits(random_ids(100))

@@ -49,7 +49,7 @@ class PageGroup:
 
 @dataclass
 class Chunk:
-    """All groups of a forward pass; rows are laid out page by page, each padded to `width`."""
+    """All groups of a forward pass; `width` is the length of the longest page."""
 
     groups: list[PageGroup]
     width: int
@@ -66,17 +66,9 @@ class Chunk:
             start += len(group)
         return found
 
-    def token_rows(self, pad_id: int) -> Tensor:
-        """Token ids [N, width], padded at the right."""
-        rows = torch.full((self.num_pages, self.width), pad_id)
-        for index, tokens in enumerate(tokens for group in self.groups for tokens in group.tokens):
-            rows[index, : len(tokens)] = torch.tensor(tokens)
-        return rows
-
-    def places(self) -> Tensor:
-        """Rows that hold tokens rather than padding, int64 [tokens]."""
-        inside = torch.arange(self.width) < self.page_lengths()[:, None]
-        return inside.flatten().nonzero().flatten()
+    def token_ids(self) -> Tensor:
+        """Token ids of all pages behind each other, int64 [T]."""
+        return torch.tensor([token for group in self.groups for page in group.tokens for token in page])
 
     def page_lengths(self) -> Tensor:
         """Tokens of each page, int64 [N]."""

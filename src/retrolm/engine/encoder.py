@@ -39,11 +39,10 @@ class Encoded:
 class Encoder:
     """Streaming prefill over one page store."""
 
-    def __init__(self, parts: PrefillParts, attachment: Attachment, bookmark: Tensor, pad_id: int) -> None:
+    def __init__(self, parts: PrefillParts, attachment: Attachment, bookmark: Tensor) -> None:
         self.parts = parts
         self.attachment = attachment
         self._bookmark = bookmark
-        self._pad_id = pad_id
 
     @property
     def kept_window(self) -> int:
@@ -54,7 +53,7 @@ class Encoder:
 
     def with_parts(self, **changes: Any) -> Encoder:
         """The same encoder over other pages, digests or settings (fields of `PrefillParts`)."""
-        return Encoder(replace(self.parts, **changes), self.attachment, self._bookmark, self._pad_id)
+        return Encoder(replace(self.parts, **changes), self.attachment, self._bookmark)
 
     def read(self, texts: list[PagedText], progress: Progress | None = None, logits: bool = False) -> list[Encoded]:
         """Encode all pages of all texts, a chunk at a time; texts advance side by side."""
@@ -101,7 +100,7 @@ class Encoder:
         backbone.require_positions(max(g.table.sink_tokens for g in chunk.groups) + chunk.width + 2)
         self._assert_positions(chunk)
         program = PrefillProgram(self.parts, chunk)
-        rows = backbone.embed(chunk.token_rows(self._pad_id)).flatten(0, 1)
+        rows = backbone.embed(chunk.token_ids())
         marks = self._bookmark.to(rows).expand(program.num_bookmarks, -1)
         inputs = torch.cat([rows, marks])[None]
         kwargs = {
@@ -112,7 +111,7 @@ class Encoder:
         found = None
         with self.attachment.run(program):
             if logits:
-                found = backbone.model(**kwargs, logits_to_keep=chunk.places()).logits[0]
+                found = backbone.model(**kwargs, logits_to_keep=torch.arange(len(rows))).logits[0]
             else:
                 backbone.decoder(**kwargs)
         program.finish()

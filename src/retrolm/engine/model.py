@@ -221,7 +221,7 @@ class RetroLM:
         if not isinstance(self.method, PageMethod):
             raise UserError(f"This works on pages, which method {self.method.name!r} doesn't have. Use a page method.")
         found = PrefillParts(self.backbone, self.config, self.retriever, self.method, store, DigestIndex())
-        return Encoder(found, self.attachment, self._bookmark, self.pad_id).with_parts(**parts)
+        return Encoder(found, self.attachment, self._bookmark).with_parts(**parts)
 
     def cut(self, text: str) -> tuple[list[list[int]], list[tuple[int, int]], int]:
         """A text as pages, not read yet: token ids and character span of each, and how many are prefix pages."""

@@ -3,7 +3,7 @@
 All pages of a chunk are encoded in one forward pass, normal rows first, bookmark rows behind. Selection in a layer
 depends only on that layer's inputs, so any chunking gives the same numbers (D10). Who chooses: `page_choice`; who
 gathers and attends: `set_attention`, and `bookmark_rows` for bookmarks; what is kept of a question: `captures`.
-Shape letters: N pages of a chunk, n pages of a group, Q rows of each, W page size, H, K, D heads.
+Shape letters: T tokens of a chunk, N pages of it, n pages of a group, Q rows of each, W page size, H, K, D heads.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from .group_tensors import GroupTensors
 from .layer_call import LayerCall
 from .page_choice import PageChooser
 from .page_records import page_records
+from .page_rows import PageRows
 from .prefill_parts import PrefillParts
 from .set_attention import SetAttention
 
@@ -46,7 +47,7 @@ class PrefillProgram:
         self.peak_attended = 0
         self._chooser = PageChooser(parts)
         self._sets = [SetAttention(parts, *pair) for pair in zip(chunk.groups, self.captures, strict=True)]
-        self._padded = [(page, n) for page, n in enumerate(chunk.page_lengths().tolist()) if n < chunk.width]
+        self._rows = PageRows(chunk)
         self._content: Tensor | None = None
         self._tensors: dict[tuple[int, torch.device], GroupTensors] = {}
 
@@ -74,11 +75,11 @@ class PrefillProgram:
         layer, rope = call.layer, self.parts.backbone.rope(call.layer)
         q, k = (unscaled(x[0].transpose(0, 1), rope.scaling, rope.rotary_dims) for x in (q, k))
         v = v[0].transpose(0, 1)
-        N, Q = self.chunk.num_pages, self.chunk.width
-        q_NQHD, k_NQKD, v_NQKD = (x[: N * Q].unflatten(0, (N, Q)) for x in (q, k, v))
-        marks = (q[N * Q :], k[N * Q :], v[N * Q :])
-        out = self._empty(q)
-        out_NQHD, out_marks = out[: N * Q].unflatten(0, (N, Q)), out[N * Q :]
+        T = self._rows.num_tokens
+        q_NQHD, k_NQKD, v_NQKD = (self._rows.by_page(x[:T]) for x in (q, k, v))
+        marks = (q[T:], k[T:], v[T:])
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        out_NQHD, out_marks = self._rows.room(out[:T]), out[T:]
         for where, group, tensors, own_sets in self._groups(q.device):
             own_q, own_k, own_v = q_NQHD[where], k_NQKD[where], v_NQKD[where]
             self.parts.store.write(layer, group.ids.flatten(), page_records(group, own_k), page_records(group, own_v))
@@ -88,6 +89,7 @@ class PrefillProgram:
             if self.num_bookmarks:
                 own_marks = (marks[0][where], marks[1][where], marks[2][where])
                 out_marks[where] = attend_bookmark_rows(self.parts, call, group, tensors, own_marks, own_k, own_v)
+        self._rows.pack(out_NQHD, out[:T])
         return out[None]
 
     def finish(self) -> None:
@@ -106,13 +108,6 @@ class PrefillProgram:
                 self._tensors[index, device] = GroupTensors(group, device)
             found.append((where, group, self._tensors[index, device], self._sets[index]))
         return found
-
-    def _empty(self, like: Tensor) -> Tensor:
-        """Room for the result: rows of padding are zeros, since other rows' masked keys and values must be finite."""
-        out = torch.empty_like(like, memory_format=torch.contiguous_format)
-        for page, length in self._padded:
-            out[page * self.chunk.width + length : (page + 1) * self.chunk.width] = 0
-        return out
 
     def _page_tensors(
         self,
