@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from transformers import Cache
@@ -48,13 +48,17 @@ class KeptCache(Cache):
 
     def is_kept(self, layer: int) -> bool:
         """Whether what stays of the prompt was handed in for a layer."""
-        return layer < len(self.layers) and bool(self.layers[layer].is_initialized)
+        return layer < len(self.layers) and bool(self._kept()[layer].is_initialized)
 
     def keep(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor) -> None:
         """See `KeptLayer.keep`."""
-        self.layers[layer].keep(k_BKTD, v_BKTD)
+        self._kept()[layer].keep(k_BKTD, v_BKTD)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all keys and values held."""
-        return sum(x.untyped_storage().nbytes() for layer in self.layers for x in (layer.keys, layer.values))
+        held = (x for layer in self._kept() for x in (layer.keys, layer.values))
+        return sum(x.untyped_storage().nbytes() for x in held if x is not None)
+
+    def _kept(self) -> list[KeptLayer]:
+        return cast("list[KeptLayer]", self.layers)

@@ -35,8 +35,8 @@ class Stage1Batch:
     sources: tuple[str, ...]
 
     def to(self, device: torch.device) -> Stage1Batch:
-        labels = (self.positive_NP, self.negative_NP, self.sequence_N, self.query_N, self.share_N)
-        return Stage1Batch(self.pages.to(device), *(x.to(device) for x in labels), self.sources)
+        parts = {name: value.to(device) for name, value in vars(self).items() if name != "sources"}
+        return Stage1Batch(**parts, sources=self.sources)
 
 
 class Collate:
