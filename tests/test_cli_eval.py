@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -138,3 +141,14 @@ def test_unreadable_predictions_are_refused(tmp_path: Path) -> None:
     run_cli("eval", "score", path, *task).refused_in_one_line("row 1", "answers")
     path.write_text("", encoding="utf-8")
     run_cli("eval", "score", path, *task).refused_in_one_line("holds no rows")
+
+
+def test_a_fresh_process_knows_the_rag_methods() -> None:
+    """Nothing has imported their room yet; the refusal is about what comes after methods are looked up."""
+    words = ["eval", "--task", "ruler/vt", "--out", "x", "--model", "no/such-model", "--method", "rag_bm25"]
+    program = f"import sys; from retrolm.cli.main import main; sys.exit(main({words}))"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 2 and "no/such-model" in done.stderr and "rag_bm25" not in done.stderr

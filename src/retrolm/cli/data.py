@@ -13,7 +13,7 @@ from .screen import count, note, print_json, show_table, size, waiting
 
 command = typer.Typer(help="Prepare training data.")
 
-RecipeArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="Recipe (TOML) with a [data] table.")]
+RecipeArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="Recipe (TOML) with a table data.")]
 DataRoot = Annotated[Path, typer.Option("--data-root", help="Folder that the recipe's paths are relative to.")]
 
 

@@ -24,6 +24,7 @@ from .eval_options import AdapterOption, BackboneOptions, SetOption, SetOptions
 from .eval_retrieval import retrieval
 from .eval_score import score
 from .knob_settings import split_knobs
+from .known_methods import known_methods
 from .options import with_options
 
 command = typer.Typer(invoke_without_command=True)
@@ -82,6 +83,7 @@ def evaluate(
     from ..evaluation.variants import variants_of
     from .eval_events import EvalScreen, cell_line
 
+    known_methods()
     variants = with_adapters(variants_of(method, kv_budget, backbone.retriever), adapter)
     options = AnswererOptions(engine, backbone.label, keep_pages, knobs)
     with open_answerer(options, ray, shards) as answerer:

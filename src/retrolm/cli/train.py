@@ -26,11 +26,11 @@ from .train_view import report, show_speed, training_progress
 command = typer.Typer(help="Train a page retriever, or the backbone on sparse KV.")
 
 
-ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="Recipe (TOML) with [data] and [train] tables.")]
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="Recipe (TOML) with the tables data and train.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out, if any.")]
 SettingsOption = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Replace a key of the [train] table, as key=value; may be repeated.",
+    typer.Option("--set", help="Replace a key of the table train, as key=value; may be repeated.",
                  show_default=False),
 ]  # fmt: skip
 StopOption = Annotated[
