@@ -278,3 +278,29 @@ class Quest(Rule):
     def sees(self, layer: int, token: int, head: int) -> Seen:
         chosen = self.chosen[layer, self.reader.kv(head)]
         return [(j, token - j) for j in range(token + 1) if j // self.page in chosen]
+
+
+class ArkVale(Quest):
+    """Pages by boxes of mean width around the middle of their keys, one choice for all heads."""
+
+    def begin(self, layer: int, start: int, stop: int, queries: Vectors, keys: Vectors, answering: bool) -> None:
+        reader, num_pages = self.reader, -(-stop // self.page)
+        chosen = set(range(num_pages))
+        if answering and layer >= self.num_dense and num_pages > self.num_pages:
+            turned = np.stack([reader._turn(layer, key, j) for j, key in enumerate(keys)])
+            query = reader._turn(layer, queries[0], start)
+            forced = {0, 1, num_pages - 2, num_pages - 1}
+            free = [p for p in range(num_pages) if p not in forced]
+            scores = {p: sum(self._box(query[h], turned, p, reader.kv(h)) for h in range(reader.heads)) for p in free}
+            chosen = forced | set(sorted(free, key=lambda p: scores[p], reverse=True)[: self.num_pages - len(forced)])
+        self.chosen = {**self.chosen, **{(layer, kv): chosen for kv in range(reader.kv_heads)}}
+
+    def _box(self, query: np.ndarray, turned: Vectors, page: int, kv: int) -> float:
+        rows = turned[page * self.page : (page + 1) * self.page, kv]
+        total = 0.0
+        for channel in range(rows.shape[1]):
+            values = [float(row[channel]) for row in rows]
+            middle = (min(values) + max(values)) / 2
+            width = sum(abs(middle - value) for value in values) / len(values)
+            total += max(query[channel] * (middle - width), query[channel] * (middle + width))
+        return total

@@ -1,6 +1,7 @@
 """Methods of all kinds: tensors in, page or token choice out. One file per method; importing this files them all."""
 
 from . import (
+    arkvale,
     bookmark,
     full,
     h2o,
@@ -30,6 +31,7 @@ __all__ = [
     "Method",
     "PageMethod",
     "PageTensors",
+    "arkvale",
     "bookmark",
     "choose_pages",
     "full",

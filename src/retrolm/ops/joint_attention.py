@@ -2,7 +2,7 @@
 
 Methods that limit distances (LM-Infinite, InfLLM) or move the first tokens (StreamingLLM) rotate a query in another way
 for near keys than for far ones. Shape letters: B samples, H query heads, K KV heads, G = H // K, Q queries, S keys of a
-set, D head dim; J is 1 or K.
+set, D head dim; J is 1, K, or (each query head its own) H.
 """
 
 from __future__ import annotations
@@ -41,11 +41,12 @@ def attend_sets(sets: list[KeySet], scale: float, softcap: float | None = None) 
     allowed = torch.cat([one.allowed_BJQS for one in sets], -1)
     allowed = allowed | ~allowed.any(-1, keepdim=True)
     bias = torch.zeros(allowed.shape, dtype=queries.dtype, device=queries.device).masked_fill(~allowed, -torch.inf)
+    bias = bias.repeat(1, 1, H // K, 1) if bias.shape[1] in (1, K) else bias.reshape(B, K, (H // K) * Q, -1)
     out = scaled_dot_product_attention(
         queries.reshape(B, K, (H // K) * Q, width),
         torch.cat(keys, 2),
         torch.cat([one.v_BKSD for one in sets], 2),
-        attn_mask=bias.repeat(1, 1, H // K, 1),
+        attn_mask=bias,
         scale=scale,
     )
     return out.reshape(B, H, Q, D)
@@ -61,15 +62,37 @@ def attend_sets_reference(
         that may attend nothing gives zeros.
     """
     like = sets[0].q_BHQD
-    wide = torch.promote_types(like.dtype, torch.float32)
-    scores = [_scores(one, scale, softcap, wide) for one in sets]
-    weights = torch.cat(scores, -1).softmax(-1).nan_to_num(0.0)
+    weights = _joint_scores(sets, scale, softcap).softmax(-1).nan_to_num(0.0)
     split = list(weights.split([one.k_BKSD.shape[2] for one in sets], -1))
-    out = torch.zeros_like(like, dtype=wide)
+    return _weighted(split, sets).to(like.dtype), split
+
+
+def attend_sets_lse(sets: list[KeySet], scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
+    """Attention with what it takes to merge it with more keys later (`ops.merge_attention`), float32 or wider.
+
+    Returns:
+        [B, H, Q, D], zeros for a query that may attend nothing; log-sum-exp of the logits [B, H, Q], -inf for such.
+    """
+    scores = _joint_scores(sets, scale, softcap)
+    weights = scores.softmax(-1).nan_to_num(0.0)
+    split = list(weights.split([one.k_BKSD.shape[2] for one in sets], -1))
+    return _weighted(split, sets), scores.logsumexp(-1)
+
+
+def _joint_scores(sets: list[KeySet], scale: float, softcap: float | None) -> Tensor:
+    """Logits of all sets side by side, [B, H, Q, S], float32 or wider."""
+    wide = torch.promote_types(sets[0].q_BHQD.dtype, torch.float32)
+    return torch.cat([_scores(one, scale, softcap, wide) for one in sets], -1)
+
+
+def _weighted(split: list[Tensor], sets: list[KeySet]) -> Tensor:
+    """Sum of values by the weights of each set, [B, H, Q, D] in the dtype of the weights."""
+    like = sets[0].q_BHQD
+    out = torch.zeros_like(like, dtype=split[0].dtype)
     for part, one in zip(split, sets, strict=True):
         grouped = part.unflatten(1, (one.v_BKSD.shape[1], -1)).flatten(2, 3)
-        out += (grouped @ one.v_BKSD.to(wide)).reshape(like.shape)
-    return out.to(like.dtype), split
+        out += (grouped @ one.v_BKSD.to(part.dtype)).reshape(like.shape)
+    return out
 
 
 def _scores(one: KeySet, scale: float, softcap: float | None, wide: torch.dtype) -> Tensor:
@@ -80,6 +103,6 @@ def _scores(one: KeySet, scale: float, softcap: float | None, wide: torch.dtype)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     allowed = one.allowed_BJQS
-    if allowed.shape[1] > 1:
+    if allowed.shape[1] == K:
         allowed = allowed.repeat_interleave(H // K, 1)
     return scores.masked_fill(~allowed, -torch.inf)
