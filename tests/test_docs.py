@@ -1,16 +1,21 @@
-"""The example in docs/add_a_method.md does what the page says."""
+"""The examples in docs/add_a_method.md do what the page says; commands and methods that pages name exist."""
 
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import typer
 
+from retrolm.cli.known_methods import known_methods
+from retrolm.cli.main import build_app
 from retrolm.config import RetroConfig
 from retrolm.engine.answering import Prompt
 from retrolm.engine.model import RetroLM
@@ -64,3 +69,36 @@ def test_links_between_pages_lead_somewhere() -> None:
     for page in [*DOCS.glob("*.md"), DOCS.parent / "README.md"]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+PAGES = [*sorted(DOCS.glob("*.md")), *sorted(DOCS.parent.glob("*.md")), DOCS.parent / "results" / "README.md"]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of each `retrolm` command in a page's shell examples, without comments."""
+    shell = "".join(re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
+    lines = shell.replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("retrolm ")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_documented_commands_and_options_exist(page: Path) -> None:
+    for words in commands(page):
+        command: Any = typer.main.get_command(build_app(words[0]))
+        names = iter(words)
+        while subcommands := getattr(command, "commands", None):
+            name = next(names, "")
+            if name not in subcommands:
+                assert name.startswith("-") and command.invoke_without_command, words
+                break
+            command = subcommands[name]
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert known.issuperset(word for word in words if word.startswith("--")), words
+
+
+def test_the_front_page_names_commands_and_methods() -> None:
+    assert len(commands(DOCS.parent / "README.md")) > 10
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("| kind | methods |")[2].partition("\n\n")[0]
+    named = re.findall(r"`(\w+)`", table)
+    assert len(named) > 20 and set(named) <= set(known_methods())
