@@ -26,6 +26,14 @@ def append(cache: TokenCache, k_BKQD: Tensor, v_BKQD: Tensor, true_BQ: Tensor) -
     cache.true_BJT = torch.cat([cache.true_BJT, new], 2)
 
 
+def drop_last(cache: TokenCache, num_places: int) -> None:
+    """Take the last places out of a cache."""
+    left = cache.num_places - num_places
+    cache.keys_BKTD, cache.values_BKTD = cache.keys_BKTD[:, :, :left], cache.values_BKTD[:, :, :left]
+    cache.true_BJT = cache.true_BJT[:, :, :left]
+    cache.marks_BMT = None if cache.marks_BMT is None else cache.marks_BMT[:, :, :left]
+
+
 def take(cache: TokenCache, places_BJS: Tensor) -> None:
     """Keep these places of a cache, in this order; -1 leaves a place empty."""
     index, empty = places_BJS.clamp(min=0), places_BJS < 0
@@ -69,6 +77,10 @@ class CountingLayer(DynamicLayer):
         """The new keys and values alone."""
         self._num_tokens += key_states.shape[2]
         return key_states, value_states
+
+    def crop(self, max_length: int) -> None:
+        """Count no more than so many tokens: the others come again."""
+        self._num_tokens = min(self._num_tokens, max_length)
 
     def get_seq_length(self, *_: Any) -> int:
         """Tokens so far."""

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from ..methods.sliding_window import SlidingWindow
 from ..methods.token_base import ChunkView, NewTokens, Part, TokenCache, TokenMethod
 from ..ops.attention import attend, bias_from
-from ..ops.joint_attention import KeySet, attend_sets, attend_sets_reference
+from ..ops.joint_attention import KeySet, attend_sets, attend_sets_lse, attend_sets_reference
 from ..ops.rotary import rotate, unscaled
 from .backbone import Backbone
-from .token_cache import align_right, append, empty_cache, gather_rows, num_kept, take
+from .token_cache import align_right, append, drop_last, empty_cache, gather_rows, num_kept, take
 
 
 class TokenStream:
@@ -39,6 +39,7 @@ class TokenStream:
         self._caches: list[TokenCache | None] = [None] * backbone.num_layers
         self._lengths = [0] * num_samples
         self._new: dict[torch.device, NewTokens] = {}
+        self._num_again = 0
         self._prefill: list[Tensor | None] = [None] * backbone.num_layers
         self._decode: list[list[Tensor]] = [[] for _ in range(backbone.num_layers)]
 
@@ -48,9 +49,18 @@ class TokenStream:
         """Prompt tokens read at a time."""
         return self._method.chunk_tokens(self._kv_budget)
 
-    def begin(self, num_new: Sequence[int], is_prefill: bool) -> None:
-        """Say what the next forward pass brings: new tokens of each sample, at the left of their rows."""
-        before, new = list(self._lengths), list(num_new)
+    @property
+    def num_revised(self) -> int:
+        """Generated tokens before the newest that each step brings again."""
+        return self._method.num_revised
+
+    def begin(self, num_new: Sequence[int], is_prefill: bool, num_again: int = 0) -> None:
+        """Say what the next forward pass brings: new tokens of each sample, at the left of their rows.
+
+        With `num_again`, so many tokens at the front of each row are the last ones so far, to be replaced.
+        """
+        self._num_again = num_again
+        before, new = [length - num_again for length in self._lengths], list(num_new)
         ends = torch.tensor(before)[:, None] + torch.arange(max(new))
         true = ends.masked_fill(torch.arange(max(new)) >= torch.tensor(new)[:, None], -1)
         devices = {info.device for info in self._backbone.layers}
@@ -105,6 +115,8 @@ class TokenStream:
         new = self._new[self._backbone.layers[layer].device]
         cache = self._caches[layer] or empty_cache(k, v)
         self._caches[layer] = cache
+        if self._num_again:
+            drop_last(cache, self._num_again)
         if cache.num_places:
             places = method.keep(cache, new, self._kv_budget)
             if places is not None:
@@ -145,6 +157,9 @@ class TokenStream:
         counts_BJQ = sum((part.allowed_BJQS.sum(-1) for part in parts[1:]), parts[0].allowed_BJQS.sum(-1))
         self._account(view, counts_BJQ.amax(1))
         sets = [_key_set(view, part) for part in parts]
+        if method.num_revised and not view.new.is_prefill:
+            out, lse = attend_sets_lse(sets, scale, softcap)
+            return method.merge(view, out, lse).to(view.q_BHQD.dtype).transpose(1, 2)
         if not method.needs_weights:
             return attend_sets(sets, scale, softcap).transpose(1, 2)
         out, weights = attend_sets_reference(sets, scale, softcap)
@@ -224,16 +239,34 @@ def read_prompts(
 
 @contextmanager
 def generating(backbone: Backbone, stream: TokenStream, num_samples: int) -> Iterator[None]:
-    """While `generate` runs: every pass begins a step of one token per sample, at position 0 for the stock model."""
+    """While `generate` runs: every pass begins a step of one token per sample, at position 0 for the stock model, with
+    the tokens before it that the method revises."""
+
+    again: list[Tensor] = []
 
     def before_pass(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
-        stream.begin([1] * num_samples, is_prefill=False)
+        name = "input_ids" if kwargs.get("input_ids") is not None else "inputs_embeds"
+        newest = kwargs[name]
+        inputs = torch.cat([*again, newest], 1)
+        stream.begin([inputs.shape[1]] * num_samples, is_prefill=False, num_again=len(again))
+        if again:
+            cache = kwargs["past_key_values"]
+            cache.crop(cache.get_seq_length() - len(again))
+        again.append(newest)
+        del again[: max(len(again) - stream.num_revised, 0)]
         zeros = torch.zeros(inputs.shape[:2], dtype=torch.int64, device=inputs.device)
-        return args, {**kwargs, "position_ids": zeros}
+        return args, {**kwargs, name: inputs, "position_ids": zeros}
 
-    handle = backbone.decoder.register_forward_pre_hook(before_pass, with_kwargs=True)
+    def after_pass(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        out.last_hidden_state = out.last_hidden_state[:, -1:]
+        return out
+
+    handles = [
+        backbone.decoder.register_forward_pre_hook(before_pass, with_kwargs=True),
+        backbone.decoder.register_forward_hook(after_pass),
+    ]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

@@ -145,6 +145,22 @@ class TokenMethod(Method, ABC):
     def observe(self, view: ChunkView, parts: list[Part], weights: list[Tensor]) -> None:
         """See the attention weights of each part, float32 [B, H, Q, S]; rows of padding are zero."""
 
+    @property
+    def num_revised(self) -> int:
+        """Generated tokens before the newest that pass through all layers again with it, and overwrite their keys.
+
+        With any, a step's chunk is these and the newest token, and `merge` gives its attention output.
+        """
+        return 0
+
+    def merge(self, view: ChunkView, out_BHQD: Tensor, lse_BHQ: Tensor) -> Tensor:
+        """The attention output of a step that revises, [B, H, Q, D], from that over what was selected.
+
+        Args:
+            out_BHQD: zeros where a query was allowed nothing. lse_BHQ: log-sum-exp of its logits, -inf there.
+        """
+        return out_BHQD
+
     def keep(self, cache: TokenCache, new: NewTokens, kv_budget: int) -> Tensor | None:
         """Places of the cache that stay, int64 [B, J, n], ascending, -1 = none at the left; None = all stay.
 

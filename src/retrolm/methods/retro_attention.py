@@ -1,0 +1,136 @@
+"""RetroAttention: attention outputs of recent generated tokens, corrected by pages that later tokens load.
+
+A method that chooses pages is decorated: a step chooses pages for its newest token as the base method does, and the
+last `window` - 1 tokens, which pass through all layers again, attend the ones among them that they have not seen. What
+they had is kept as output and log-sum-exp, and merged; their corrected states go on to the next layers and overwrite
+their keys and values there. Shape letters as in `token_pages`, and R revised tokens (Q = R + 1).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..ops.merge_attention import merge_attention
+from .arkvale import ArkVale
+from .base import METHODS
+from .knobs import positive
+from .quest_tokens import Quest
+from .token_base import ChunkView, Part
+from .token_pages import PagedTokenMethod
+
+Partials = Literal["kept", "recomputed"]
+
+
+@dataclass(frozen=True)
+class RetroKnobs:
+    """window: tokens that a step computes, the newest included; 1 is the base method.
+
+    partials: what becomes of a token's earlier outputs when its queries change, which the source leaves open: "kept",
+        merged as they are with what new pages give (no more pages are read than the base reads), or "recomputed" with
+        the token's present queries over all pages seen (up to `window` times the budget is read, and counted).
+    """
+
+    window: int = 2
+    partials: Partials = "kept"
+
+
+class RetroAttention(PagedTokenMethod):
+    """The decorator, put in front of a page-choosing method in a class's bases.
+
+    State per layer: `loaded`, the true position of the last token that each page was loaded for, int64 [B, J, P], -1 =
+    none; `out` and `lse`, the outputs so far of the tokens that the next step revises.
+    """
+
+    paper = "https://arxiv.org/abs/2508.09001"
+    knobs: RetroKnobs
+
+    def check_knobs(self) -> None:
+        super().check_knobs()
+        positive(self.name, self.knobs, "window")
+
+    @property
+    def num_revised(self) -> int:
+        return self.knobs.window - 1
+
+    def check_attended(self, attended: Mapping[str, int], num_tokens: int, num_generated: int, allowed: int) -> None:
+        """The recomputed union is held to `window` budgets; see `RetroKnobs`."""
+        if self.knobs.partials == "recomputed":
+            allowed *= self.knobs.window
+        super().check_attended(attended, num_tokens, num_generated, allowed)
+
+    def select(self, view: ChunkView) -> list[Part] | None:
+        chosen_BJP = self.choose(newest_of(view))
+        if chosen_BJP is None:
+            return None
+        loaded = self._loaded(view, chosen_BJP)
+        query_B1Q1 = view.true_BQ[:, None, :, None]
+        now = loaded.masked_fill(chosen_BJP, int(view.true_BQ.max()) + 1)  # later than any token
+        view.cache.state["loaded"] = torch.where(chosen_BJP, view.true_BQ[:, None, -1:], loaded)
+        if self.knobs.partials == "recomputed":
+            return [self.part_of(view, now[:, :, None] >= query_B1Q1)]
+        return [self.part_of(view, chosen_BJP[:, :, None] & (loaded[:, :, None] < query_B1Q1))]
+
+    def merge(self, view: ChunkView, out_BHQD: Tensor, lse_BHQ: Tensor) -> Tensor:
+        state, num_again = view.cache.state, view.num_queries - 1
+        if self.knobs.partials == "kept" and num_again:
+            old = merge_attention(
+                state["out"][:, :, -num_again:],
+                state["lse"][:, :, -num_again:],
+                out_BHQD[:, :, :-1],
+                lse_BHQ[:, :, :-1],
+            )
+            out_BHQD = torch.cat([old[0], out_BHQD[:, :, -1:]], 2)
+            lse_BHQ = torch.cat([old[1], lse_BHQ[:, :, -1:]], 2)
+        state["out"], state["lse"] = out_BHQD, lse_BHQ
+        return out_BHQD
+
+    def _loaded(self, view: ChunkView, chosen_BJP: Tensor) -> Tensor:
+        """The last loads before this step, for as many pages as there are now."""
+        before = view.cache.state.get("loaded", view.true_BQ.new_zeros(*chosen_BJP.shape[:2], 0))
+        return torch.nn.functional.pad(before, (0, chosen_BJP.shape[2] - before.shape[2]), value=-1)
+
+
+def newest_of(view: ChunkView) -> ChunkView:
+    """The view with its last query alone."""
+    num_again = view.num_queries - 1
+    if view.new.is_prefill or not num_again:
+        return view
+    new = dataclasses.replace(
+        view.new,
+        true_BQ=view.true_BQ[:, -1:],
+        before=[length + num_again for length in view.new.before],
+        num_new=[1] * len(view.new.before),
+        starts=view.new.starts + num_again,
+        counts=torch.ones_like(view.new.counts),
+    )
+    return dataclasses.replace(view, q_BHQD=view.q_BHQD[:, :, -1:], new=new)
+
+
+@METHODS.register("quest_retro")
+class QuestRetro(RetroAttention, Quest):
+    """RetroAttention over Quest, as published."""
+
+    name = "quest_retro"
+    summary = "Quest, with recent tokens' outputs corrected by the pages that later tokens load"
+
+    @dataclass(frozen=True)
+    class Knobs(RetroKnobs, Quest.Knobs):
+        """Those of both."""
+
+
+@METHODS.register("arkvale_retro")
+class ArkValeRetro(RetroAttention, ArkVale):
+    """RetroAttention over ArkVale."""
+
+    name = "arkvale_retro"
+    summary = "ArkVale, with recent tokens' outputs corrected by the pages that later tokens load"
+
+    @dataclass(frozen=True)
+    class Knobs(RetroKnobs, ArkVale.Knobs):
+        """Those of both."""
