@@ -304,3 +304,28 @@ class ArkVale(Quest):
             width = sum(abs(middle - value) for value in values) / len(values)
             total += max(query[channel] * (middle - width), query[channel] * (middle + width))
         return total
+
+
+class RetrievalAttention(Rule):
+    """First, recent, and for each query head the keys with the largest inner products."""
+
+    def __init__(self, budget: int, num_first: int, num_recent: int) -> None:
+        self.budget, self.num_first, self.num_recent = budget, num_first, num_recent
+        self.found: dict[tuple[int, int], set[int]] = {}
+
+    def begin(self, layer: int, start: int, stop: int, queries: Vectors, keys: Vectors, answering: bool) -> None:
+        for head in range(self.reader.heads):
+            self.found[layer, head] = set(range(stop))
+        if not answering:
+            return
+        static = {j for j in range(stop) if j < self.num_first or stop - j <= self.num_recent}
+        turned = [self.reader._turn(layer, queries[0], start - j) for j in range(stop)]
+        for head in range(self.reader.heads):
+            kv = self.reader.kv(head)
+            at_zero = self.reader.at_zero[layer]
+            logits = {j: float(turned[j][head] @ at_zero[j][kv]) for j in range(stop) if j not in static}
+            room = self.budget - self.num_first - self.num_recent
+            self.found[layer, head] = static | set(sorted(logits, key=lambda j: logits[j], reverse=True)[:room])
+
+    def sees(self, layer: int, token: int, head: int) -> Seen:
+        return [(j, token - j) for j in sorted(self.found[layer, head]) if j <= token]

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrolm.ops.joint_attention import KeySet, attend_sets, attend_sets_reference
+from retrolm.ops.joint_attention import KeySet, attend_sets, attend_sets_lse, attend_sets_reference
+from retrolm.ops.merge_attention import merge_attention
 
 
 def key_sets(seed: int, B: int, K: int, G: int, Q: int, sizes: list[int], per_head: bool, D: int = 4) -> list[KeySet]:
@@ -68,3 +69,26 @@ def test_the_reference_equals_loops() -> None:
             total = sum(math.exp(logit) for logit, _ in pairs)
             expected = sum((math.exp(logit) / total * value for logit, value in pairs), torch.zeros(4))
             assert torch.allclose(out[0, head, query], expected)
+
+
+def test_query_heads_may_attend_keys_of_their_own() -> None:
+    (one,) = key_sets(1, 2, 2, 3, 4, [7], per_head=False)
+    allowed = torch.rand(2, 6, 4, 7, generator=torch.Generator().manual_seed(2)) < 0.6
+    allowed[..., 0] = True
+    together = KeySet(one.q_BHQD, one.k_BKSD, one.v_BKSD, allowed)
+    expected, _ = attend_sets_reference([together], 0.5)
+    assert torch.allclose(attend_sets([together], 0.5), expected, atol=1e-12)
+    for head in range(6):
+        kv = slice(head // 3, head // 3 + 1)
+        alone = KeySet(
+            one.q_BHQD[:, head : head + 1], one.k_BKSD[:, kv], one.v_BKSD[:, kv], allowed[:, head : head + 1]
+        )
+        assert torch.allclose(attend_sets_reference([alone], 0.5)[0], expected[:, head : head + 1], atol=1e-12)
+
+
+def test_outputs_of_two_sets_merge_into_one_softmax() -> None:
+    sets = key_sets(3, 2, 2, 2, 5, [4, 6], per_head=True)
+    parts = [attend_sets_lse([one], 0.5) for one in sets]
+    out, lse = merge_attention(*parts[0], *parts[1])
+    assert torch.allclose(out, attend_sets_reference(sets, 0.5)[0], atol=1e-12)
+    assert torch.allclose(lse, attend_sets_lse(sets, 0.5)[1], atol=1e-12)

@@ -34,6 +34,7 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[], naive.Rule]]] = {
     "tokenselect": ({"num_init": 4, "num_local": 8, "chunk": 7}, lambda: naive.TokenSelect(BUDGET, 4, 8)),
     "quest": ({"page": 8, "num_dense_layers": 1}, lambda: naive.Quest(BUDGET, 8, 1)),
     "arkvale": ({"page": 4, "num_dense_layers": 1}, lambda: naive.ArkVale(BUDGET, 4, 1)),
+    "retrieval_attention": ({"num_first": 3, "num_recent": 9}, lambda: naive.RetrievalAttention(BUDGET, 3, 9)),
 }
 FAMILIES = ["llama", "llama-mha", "llama-mqa", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "mistral-sliding"]
 
@@ -203,6 +204,7 @@ def test_attending_everything_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         ("tokenselect", {"num_local": 40}, "kv_budget=40 is too small for tokenselect"),
         ("quest", {"page": 16}, "three pages"),
         ("arkvale", {"page": 16}, "two last ones"),
+        ("retrieval_attention", {"num_recent": 40}, "one to find"),
         ("recency", {"num_sink": 4}, "has no knobs"),
     ],
 )

@@ -6,7 +6,7 @@ this order: `keep` (what of the cache stays, to make room), `select` (what the c
 and rotated at use to the positions that `select` gives.
 
 Shape letters: B samples, H query heads, K KV heads, Q queries of the chunk, T cache places, S attended places, D head
-dim; J is 1 where all heads share a choice, else K; M rows of marks.
+dim; J is 1 where all heads share a choice, else K (or H, in what is allowed of the whole cache); M rows of marks.
 """
 
 from __future__ import annotations
