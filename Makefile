@@ -40,7 +40,7 @@ lint: .venv/.test ## style and types
 	$(BIN)/mypy
 
 test: lint ## style, types and the test suite (no GPU, no network, no model needed)
-	$(BIN)/python -m pytest -m "not gpu and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not slow"
 
 MINUTES ?= 3
 

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from retrolm.cli import screen
 from retrolm.cli.main import main
+
+WIDTH = 200
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Outcome:
 def run_cli(*arguments: object) -> Outcome:
     """Run `retrolm` with these arguments."""
     out, err = io.StringIO(), io.StringIO()
-    wide = mock.patch.dict(os.environ, {"COLUMNS": "200"})
+    screen.OUT.width = screen.ERR.width = WIDTH  # a console takes its width when it is made, whatever test comes first
+    wide = mock.patch.dict(os.environ, {"COLUMNS": str(WIDTH)})
     with wide, redirect_stdout(out), redirect_stderr(err):
         code = main([str(argument) for argument in arguments])
     return Outcome(code, out.getvalue(), err.getvalue())
