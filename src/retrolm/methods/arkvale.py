@@ -27,6 +27,7 @@ class ArkVale(PagedTokenMethod):
     summary = (
         "pages of 16 tokens, one choice for all heads, for each generated token by mean-width boxes; dense prefill"
     )
+    index = "box of mean width around the keys, after RoPE"
     budget_split = "2 first pages + 2 last pages + best pages of 16 tokens; the first two layers are left dense"
     num_first_pages = 2
     num_last_pages = 2

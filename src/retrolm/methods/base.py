@@ -31,6 +31,9 @@ Rope = Callable[[Tensor], tuple[Tensor, Tensor]]
 Kind = Literal["pages", "tokens", "prune", "dense", "rag"]
 
 
+PLACE = ("trained", "unit", "index", "query", "scope", "when")
+
+
 class BudgetError(RetroLMError):
     """A method attended more than its budget on a text longer than it, or did not act at all."""
 
@@ -47,6 +50,8 @@ class Method:
         prefill: "streaming" = the budget holds while the prompt is read, too; "dense" = the prompt is read in full.
         budget_split: what `kv_budget` tokens are spent on. keeps: what stays in memory, and where.
         positions: where kept tokens stand for RoPE. exact_when: the setting in which it equals full attention.
+        trained, unit, index, query, scope, when: its place among the others (docs/methods.md): what is trained; what is
+            chosen; what each is known by; what looks for it; what shares a choice; when one is made.
         Knobs: frozen dataclass of its settings (`--set name.knob=value`, `method_options={…}`).
         has_budget: whether `kv_budget` means anything to it.
         needs_bookmarks: whether it reads bookmark tokens (and takes a page retriever).
@@ -63,6 +68,12 @@ class Method:
     keeps: ClassVar[str]
     positions: ClassVar[str]
     exact_when: ClassVar[str]
+    trained: ClassVar[str] = "nothing"
+    unit: ClassVar[str] = "token"
+    index: ClassVar[str] = "none"
+    query: ClassVar[str] = "none"
+    scope: ClassVar[str] = "layer"
+    when: ClassVar[str] = "never"
     Knobs: ClassVar[type[Any]] = NoKnobs
     has_budget: ClassVar[bool] = True
     needs_bookmarks: ClassVar[bool] = False
@@ -83,6 +94,7 @@ class Method:
         """What `retrolm methods` shows: the texts above and the knobs with their defaults."""
         keys = ("name", "kind", "summary", "paper", "prefill", "budget_split", "keeps", "positions", "exact_when")
         found = {key: getattr(cls, key) for key in (*keys, "has_budget", "needs_bookmarks")}
+        found |= {key: getattr(cls, key) for key in PLACE}
         return {**found, "knobs": dataclasses.asdict(cls.Knobs())}
 
     def check_knobs(self) -> None:
@@ -158,6 +170,8 @@ class PageMethod(Method, ABC):
     keeps = "all pages, on the device or (beyond device_kv_bytes) in host memory; a digest per page"
     positions = "compact: the gathered pages stand at 0, 1, 2, …, the current page behind them"
     exact_when = "kv_budget ≥ text and question"
+    unit = "page"
+    when = "each page while reading, once per question"
     config_fields = None
     needs_rope: ClassVar[bool] = False  # whether it wants `rope` and `page_size`
     digest_is_place: ClassVar[bool] = False  # whether `digest` looks at `ordinals` alone

@@ -17,6 +17,9 @@ class BookmarkMethod(ScoresHeads):
     name = "retrolm"
     paper = "https://arxiv.org/abs/2502.11444"
     summary = "trained bookmark tokens, one per page; untrained copies without a retriever"
+    trained = "bookmark tokens' projections, by contrast"
+    index = "key of the page's bookmark"
+    query = "query of the current page's bookmark"
     needs_bookmarks = True
 
     def digest(self, pages: PageTensors) -> Tensor:

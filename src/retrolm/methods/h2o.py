@@ -37,6 +37,8 @@ class H2OMethod(PruneMethod):
     name = "h2o"
     paper = "https://arxiv.org/abs/2306.14048"
     summary = "dense prefill, then per KV head the heavy hitters of all attention and the recent tokens"
+    index = "attention it got"
+    query = "all queries of the prompt"
     budget_split = "recent tokens (half) + heaviest tokens per KV head"
     Knobs = H2OKnobs
     knobs: H2OKnobs

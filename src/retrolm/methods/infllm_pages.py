@@ -23,6 +23,8 @@ class InfLLMPagesMethod(PageMethod):
     name = "infllm_pages"
     paper = "https://arxiv.org/abs/2402.04617"
     summary = "mean of a page's most attended keys as its index (InfLLM's representatives); no training"
+    index = "mean of the 4 most attended keys of each head"
+    query = "mean query of the current page"
     needs_rope = True
 
     @dataclass(frozen=True)

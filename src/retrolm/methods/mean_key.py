@@ -16,6 +16,8 @@ class MeanKeyMethod(ScoresHeads):
     name = "mean_key"
     paper = "https://arxiv.org/abs/2402.04617"
     summary = "mean of a page's keys as its index; no training"
+    index = "mean key"
+    query = "mean query of the current page"
 
     def digest(self, pages: PageTensors) -> Tensor:
         return _mean(pages.k_NWKD, pages).flatten(1)

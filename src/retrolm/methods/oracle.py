@@ -24,6 +24,8 @@ class OracleMethod(PageMethod):
     name = "oracle"
     paper = "https://arxiv.org/abs/2406.10774"
     summary = "true attention mass of the current page on past pages; reads all keys, no training"
+    index = "all keys"
+    query = "all queries of the current page"
     keeps = "all pages, and all their rotated keys once more in float32"
     needs_rope = True
 

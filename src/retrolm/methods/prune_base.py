@@ -69,6 +69,8 @@ class PruneMethod(Method):
 
     kind = "prune"
     prefill = "dense"
+    scope = "layer and KV head"
+    when = "once, behind the prompt"
     keeps = "the kept tokens of each layer and KV head, on the device; the rest is freed layer by layer"
     positions = "true"
     exact_when = "kv_budget ≥ prompt"

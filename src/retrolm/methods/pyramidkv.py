@@ -32,6 +32,7 @@ class PyramidKVMethod(SnapKVMethod):
     name = "pyramidkv"
     paper = "https://arxiv.org/abs/2406.02069"
     summary = "SnapKV with a budget that falls from layer to layer; its mean is the budget"
+    query = "last 8 queries of the prompt"
     budget_split = "observation window (8) + best tokens per KV head, more in low layers; the mean is the budget"
     Knobs = PyramidKVKnobs
     knobs: PyramidKVKnobs

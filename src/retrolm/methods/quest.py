@@ -19,6 +19,8 @@ class QuestPagesMethod(PageMethod):
     name = "quest_pages"
     paper = "https://arxiv.org/abs/2406.10774"
     summary = "min/max of a page's keys as a bound on its scores; no training"
+    index = "least and greatest key by channel"
+    query = "last query of the current page"
 
     def digest(self, pages: PageTensors) -> Tensor:
         rows = valid_rows(pages)[:, :, None, None]

@@ -24,6 +24,8 @@ class Quest(PagedTokenMethod):
     name = "quest"
     paper = "https://arxiv.org/abs/2406.10774"
     summary = "pages of 16 tokens per KV head, chosen for each generated token by a bound; dense prefill"
+    index = "least and greatest key by channel, after RoPE"
+    scope = "layer and KV head"
     budget_split = "pages of 16 tokens, the current one among them; the first two layers are left dense"
 
     @dataclass(frozen=True)

@@ -16,6 +16,7 @@ class RandomMethod(PageMethod):
     name = "random"
     paper = "https://arxiv.org/abs/2502.11444"
     summary = "pages at random, from a fixed hash"
+    index = "none: a hash"
     digest_is_place = True
 
     def digest(self, pages: PageTensors) -> Tensor:

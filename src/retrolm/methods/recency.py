@@ -14,6 +14,7 @@ class RecencyMethod(PageMethod):
     name = "recency"
     paper = "https://arxiv.org/abs/2309.17453"
     summary = "sink and the most recent pages; no index"
+    index = "place in the text"
     digest_is_place = True
 
     def digest(self, pages: PageTensors) -> Tensor:

@@ -48,6 +48,8 @@ class RetroAttention(PagedTokenMethod):
     """
 
     paper = "https://arxiv.org/abs/2508.09001"
+    when = "each generated token, for those before it, too"
+    keeps = "all tokens, and the outputs of the last `window` ones, on the device"
     knobs: RetroKnobs
 
     def check_knobs(self) -> None:
@@ -70,10 +72,9 @@ class RetroAttention(PagedTokenMethod):
             return None
         loaded = self._loaded(view, chosen_BJP)
         query_B1Q1 = view.true_BQ[:, None, :, None]
-        now = loaded.masked_fill(chosen_BJP, int(view.true_BQ.max()) + 1)  # later than any token
         view.cache.state["loaded"] = torch.where(chosen_BJP, view.true_BQ[:, None, -1:], loaded)
         if self.knobs.partials == "recomputed":
-            return [self.part_of(view, now[:, :, None] >= query_B1Q1)]
+            return [self.part_of(view, view.cache.state["loaded"][:, :, None] >= query_B1Q1)]
         return [self.part_of(view, chosen_BJP[:, :, None] & (loaded[:, :, None] < query_B1Q1))]
 
     def merge(self, view: ChunkView, out_BHQD: Tensor, lse_BHQ: Tensor) -> Tensor:

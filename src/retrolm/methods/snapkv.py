@@ -41,6 +41,8 @@ class SnapKVMethod(PruneMethod):
     name = "snapkv"
     paper = "https://arxiv.org/abs/2404.14469"
     summary = "dense prefill, then per KV head the tokens that the prompt's last tokens attend to"
+    index = "attention it got"
+    query = "last 32 queries of the prompt"
     budget_split = "observation window (32) + best tokens per KV head"
     Knobs = SnapKVKnobs
     knobs: SnapKVKnobs

@@ -34,6 +34,8 @@ class StreamingPostfillMethod(PruneMethod):
     name = "streaming_postfill"
     paper = "https://arxiv.org/abs/2309.17453"
     summary = "dense prefill, then the first 4 tokens and the most recent ones"
+    index = "place in the text"
+    scope = "all layers"
     budget_split = "4 sinks + recent tokens"
     positions = "true, or compact"
     Knobs = StreamingPostfillKnobs

@@ -128,6 +128,7 @@ class TokenMethod(Method, ABC):
 
     kind = "tokens"
     prefill: ClassVar[Literal["streaming", "dense"]] = "streaming"
+    when: ClassVar[str] = "each chunk while reading, each generated token"
     needs_weights: ClassVar[bool] = False
 
     def chunk_tokens(self, kv_budget: int) -> int:

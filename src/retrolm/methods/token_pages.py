@@ -27,6 +27,9 @@ class PagedTokenMethod(TokenMethod):
     """
 
     prefill = "dense"
+    unit = "page of 16 tokens"
+    query = "newest token's queries"
+    when = "each generated token"
     keeps = "all tokens, on the device"
     positions = "true"
     exact_when = "kv_budget ≥ prompt and answer"

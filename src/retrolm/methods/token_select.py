@@ -34,6 +34,8 @@ class TokenSelect(TokenMethod):
     name = "tokenselect"
     paper = "https://arxiv.org/abs/2411.02886"
     summary = "tokens that all heads vote for, chosen for each chunk and each generated token"
+    index = "all keys"
+    query = "mean query of the chunk"
     budget_split = "128 first + 512 local + chunk (512 reading, 1 answering) + the rest selected; less at small budgets"
     keeps = "all tokens, on the device"
     positions = "compact: first, selected, local, chunk at 0, 1, 2, …"

@@ -18,6 +18,9 @@ class TOVAMethod(PruneMethod):
     name = "tova"
     paper = "https://arxiv.org/abs/2401.06104"
     summary = "dense prefill, then the tokens that the prompt's last token attends to"
+    index = "attention it got"
+    query = "last query of the prompt"
+    scope = "layer"
     budget_split = "last token + best tokens of the layer"
 
     @property

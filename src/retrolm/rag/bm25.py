@@ -20,6 +20,8 @@ class RagBM25(RagMethod):
     name = "rag_bm25"
     paper = "https://arxiv.org/abs/2407.03618"
     summary = "prompt of the chunks that BM25 ranks best"
+    index = "words"
+    query = "the question's words"
 
     def scores(self, query: str, chunks: Sequence[str], device: Any = None) -> list[float]:
         return bm25_scores(query, chunks)

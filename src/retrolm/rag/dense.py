@@ -29,6 +29,9 @@ class RagDense(RagMethod):
     name = "rag_dense"
     paper = "https://arxiv.org/abs/2112.09118"
     summary = "prompt of the chunks whose embedding is nearest to the question's"
+    trained = "a sentence embedder, by others"
+    index = "embedding"
+    query = "the question's embedding"
     Knobs = DenseKnobs
     knobs: DenseKnobs
 

@@ -32,6 +32,9 @@ class RagHybrid(RagMethod):
     name = "rag_hybrid"
     paper = "https://arxiv.org/abs/2210.11934"
     summary = "prompt of the chunks that BM25 and embeddings rank best together"
+    trained = "a sentence embedder, by others"
+    index = "words and embedding"
+    query = "the question's words and embedding"
     Knobs = HybridKnobs
     knobs: HybridKnobs
 

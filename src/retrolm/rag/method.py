@@ -33,6 +33,9 @@ class RagMethod(Method):
 
     kind = "rag"
     prefill = "dense"
+    unit = "chunk of 200 tokens"
+    scope = "whole prompt"
+    when = "once per question, before reading"
     budget_split = "the whole shortened prompt: chat head + chunks + question"
     keeps = "all tokens of the shortened prompt, on the device"
     positions = "true, in the shortened prompt"

@@ -1,0 +1,60 @@
+"""docs/methods.md, the page that places each method among the others: written from what they say of themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..registry import Registry
+from .base import PLACE, Method
+
+_COLUMNS = (*PLACE, "prefill", "positions", "keeps", "exact_when")
+_HEADS = {"pages": "Whole pages", "tokens": "Token by token", "prune": "Pruned after the prefill"}
+_HEADS |= {"dense": "Dense", "rag": "Another prompt (RAG)"}
+_TOP = """# Methods
+
+Written from the methods' own metadata by `python tests/test_methods_page.py`; a test holds it to them. All run behind
+the same `--method`, so that one `retrolm eval` compares them; knobs are set by `--set NAME.knob=value`. Numbers are
+defaults, at budgets that have room for them.
+
+*trained*: what must be learned for it. *unit*: what is chosen. *index*: what a unit is known by. *query*: what looks
+for it. *scope*: what shares a choice. *when*: when one is made. *prefill*: whether the budget holds while the prompt is
+read, too (streaming), or the prompt is read in full (dense).
+"""
+_TAIL = """
+## RetroAttention
+
+`quest_retro` and `arkvale_retro` are the same methods behind a decorator (`methods/retro_attention.py`). With
+`--set quest_retro.window=4` a step computes the newest token and the three before it. Those attend the pages that are
+loaded for the newest and that they had not seen, at true positions, and overwrite their keys and values in the layers
+behind the first sparse one. The paper's sources that we could read leave open what becomes of the outputs a token had,
+once its queries have changed:
+
+* `partials=kept` merges them as they are, which reads no page more than the base method;
+* `partials=recomputed` attends all pages seen with the present queries, which reads up to `window` budgets, and says so
+  in `attended_tokens`.
+
+In the first sparse layer, where queries don't change, both are the same. The decorator is for methods of kind `tokens`;
+those that choose pages once per question load no further ones, so that there is nothing to correct. What it gains on
+long answers has not been measured here.
+
+## Left out
+
+TCA-Attention ([2512.09238](https://arxiv.org/abs/2512.09238)): its redundancy metric, budget rule and block size aren't
+published where we could read them, and a guess under its name would be no baseline. ShadowKV, RazorAttention, ActQKV,
+Token Sparse Attention and Landmark Attention aren't there, nor is an approximate index for RetrievalAttention: exact
+search bounds what one could find.
+"""
+
+
+def methods_page(methods: Registry[Method]) -> str:
+    """The text of the page, Markdown; one table for each kind of method."""
+    found = [methods.get(name) for name in methods]
+    tables = [_table(head, [kind for kind in found if kind.kind == key]) for key, head in _HEADS.items()]
+    return _TOP + "".join(tables) + _TAIL
+
+
+def _table(head: str, found: list[type[Method]]) -> str:
+    columns = ("method", *(column.replace("_", " ") for column in _COLUMNS))
+    rows = [[f"[{kind.name}]({kind.paper})", *(getattr(kind, column) for column in _COLUMNS)] for kind in found]
+    lines: list[Sequence[str]] = [columns, ["---"] * len(columns), *rows]
+    return f"\n## {head}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
