@@ -23,7 +23,7 @@ class ArkVale(PagedTokenMethod):
     """
 
     name = "arkvale"
-    paper = "https://openreview.net/forum?id=4oAt5L4lYe"
+    paper = "https://neurips.cc/virtual/2024/poster/96635"
     summary = (
         "pages of 16 tokens, one choice for all heads, for each generated token by mean-width boxes; dense prefill"
     )
