@@ -91,7 +91,7 @@ def test_every_method_scores_pages_of_any_dtype(name: str, dtype: torch.dtype) -
 @pytest.mark.parametrize("name", list(METHODS))
 def test_every_method_says_what_it_is(name: str) -> None:
     method = METHODS.get(name)
-    assert method.name == name and method.summary and method.paper.startswith("https://arxiv.org/abs/")
+    assert method.name == name and method.summary and method.paper.startswith("https://")
 
 
 def test_random_scores_spread_evenly_and_differ_by_layer() -> None:
