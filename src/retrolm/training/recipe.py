@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from ..errors import UserError, unknown
 
@@ -19,6 +21,43 @@ _KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
     float: ((int, float), "a number"),
     str: ((str,), "a text"),
 }
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a run depends on besides code, backbone and what it reads: `train` and `data` tables.
+
+    Attributes:
+        free_options: keys of `train` that no trained number depends on; a resumed run may change them.
+    """
+
+    train: Any
+    data: Any
+    free_options: ClassVar[Collection[str]] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The recipe as plain JSON values."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return plain
+
+    def decisive(self) -> dict[str, Any]:
+        """The part that the trained numbers depend on (all but `free_options`)."""
+        found = self.as_dict()
+        found["train"] = {key: value for key, value in found["train"].items() if key not in self.free_options}
+        return found
+
+
+def read_recipe(path: Path, overrides: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The [train] table, with `overrides` in place of its keys, and the [data] table.
+
+    Raises:
+        UserError: unreadable file, missing table, no model.
+    """
+    content = read_tables(path, "data", "train")
+    values = {**content["train"], **(overrides or {})}
+    if "model" not in values:
+        raise UserError(f"The [train] table of {path} names no model.")
+    return values, content["data"]
 
 
 def read_tables(path: Path, *tables: str) -> dict[str, Any]:
@@ -54,3 +93,26 @@ def check_types(config: Any) -> None:
         value = getattr(config, name)
         if not isinstance(value, kinds) or (isinstance(value, bool) and hint is not bool):
             raise UserError(f"{name} must be {wanted}, got {value!r}.")
+
+
+def check_ranges(
+    config: Any,
+    *,
+    at_least_one: Collection[str],
+    not_negative: Collection[str],
+    inside_unit: Collection[str],
+    shares: Collection[str],
+    positive: Collection[str],
+) -> None:
+    """Refuse numbers outside their range; raises `UserError`. `inside_unit` leaves 0 and 1 out, `shares` holds them."""
+    checks = (
+        (at_least_one, lambda value: value >= 1, "be at least 1"),
+        (not_negative, lambda value: value >= 0, "not be negative"),
+        (inside_unit, lambda value: 0 < value < 1, "lie between 0 and 1"),
+        (shares, lambda value: 0 <= value <= 1, "be a share between 0 and 1"),
+        (positive, lambda value: value > 0, "be positive"),
+    )
+    for names, fits, must in checks:
+        for name in names:
+            if not fits(getattr(config, name)):
+                raise UserError(f"{name} must {must}, got {getattr(config, name)!r}.")

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ...config import check_choices
-from ...errors import UserError
 from ..data.config import Stage1DataConfig, stage1_data_config
-from ..recipe import build_table, check_types, read_tables
+from ..recipe import Recipe, build_table, check_ranges, check_types, read_recipe
 
 # Options that no trained number depends on; a resumed run may change them. Which backbone and which data a run
 # is bound to is told by fingerprints, so the backbone may move to another folder.
@@ -86,55 +83,40 @@ class Stage1TrainConfig:
     def __post_init__(self) -> None:
         check_types(self)
         check_choices(self)
-        for name in (
-            "page_size",
-            "num_steps",
-            "tokens_per_batch",
-            "accumulate",
-            "log_every",
-            "dev_samples",
-            "recall_pages",
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)!r}.")
-        for name in (
-            "rank",
-            "num_skip_layers",
-            "num_local_pages",
-            "save_every",
-            "dev_every",
-            "num_workers",
-            "weight_decay",
-        ):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must not be negative, got {getattr(self, name)!r}.")
-        for name in ("lr", "embedding_lr", "temperature_lr", "beta2"):
-            if not 0 < getattr(self, name) < 1:
-                raise UserError(f"{name} must lie between 0 and 1, got {getattr(self, name)!r}.")
-        for name in ("kl_share", "warmup", "final_lr"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} must be a share between 0 and 1, got {getattr(self, name)!r}.")
-        if not self.max_grad_norm > 0:
-            raise UserError(f"max_grad_norm must be positive, got {self.max_grad_norm!r}.")
+        check_ranges(
+            self,
+            at_least_one=(
+                "page_size",
+                "num_steps",
+                "tokens_per_batch",
+                "accumulate",
+                "log_every",
+                "dev_samples",
+                "recall_pages",
+            ),
+            not_negative=(
+                "rank",
+                "num_skip_layers",
+                "num_local_pages",
+                "save_every",
+                "dev_every",
+                "num_workers",
+                "weight_decay",
+            ),
+            inside_unit=("lr", "embedding_lr", "temperature_lr", "beta2"),
+            shares=("kl_share", "warmup", "final_lr"),
+            positive=("max_grad_norm",),
+        )
 
 
 @dataclass(frozen=True)
-class Stage1Recipe:
+class Stage1Recipe(Recipe):
     """Everything a run depends on besides code, backbone and data files."""
 
     train: Stage1TrainConfig
     data: Stage1DataConfig
 
-    def as_dict(self) -> dict[str, Any]:
-        """The recipe as plain JSON values."""
-        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
-        return plain
-
-    def decisive(self) -> dict[str, Any]:
-        """The part that the trained numbers depend on (all but `FREE_OPTIONS`)."""
-        found = self.as_dict()
-        found["train"] = {key: value for key, value in found["train"].items() if key not in FREE_OPTIONS}
-        return found
+    free_options = FREE_OPTIONS
 
 
 def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Stage1Recipe:
@@ -143,8 +125,5 @@ def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Stage
     Raises:
         UserError: unreadable file, missing table, unknown or unusable key.
     """
-    content = read_tables(path, "data", "train")
-    values = {**content["train"], **(overrides or {})}
-    if "model" not in values:
-        raise UserError(f"The [train] table of {path} names no model.")
-    return Stage1Recipe(build_table(Stage1TrainConfig, values, "training option"), stage1_data_config(content["data"]))
+    values, data = read_recipe(path, overrides)
+    return Stage1Recipe(build_table(Stage1TrainConfig, values, "training option"), stage1_data_config(data))

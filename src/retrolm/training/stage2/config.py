@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any, Literal
 
 from ...config import RetroConfig, check_choices
 from ...errors import UserError
-from ..recipe import build_table, check_types, read_tables
+from ..recipe import Recipe, build_table, check_ranges, check_types, read_recipe
 
 # Options that no trained number depends on; a resumed run may change them. The backbone and the retriever are told by
 # fingerprints, so they may move to other folders.
@@ -121,21 +119,14 @@ class Stage2TrainConfig:
     def __post_init__(self) -> None:
         check_types(self)
         check_choices(self)
-        for name in ("rank", "num_steps", "accumulate", "loss_chunk", "log_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)!r}.")
-        for name in ("save_every", "dev_every", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must not be negative, got {getattr(self, name)!r}.")
-        for name in ("lr", "beta2"):
-            if not 0 < getattr(self, name) < 1:
-                raise UserError(f"{name} must lie between 0 and 1, got {getattr(self, name)!r}.")
-        for name in ("warmup", "final_lr"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} must be a share between 0 and 1, got {getattr(self, name)!r}.")
-        for name in ("alpha", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} must be positive, got {getattr(self, name)!r}.")
+        check_ranges(
+            self,
+            at_least_one=("rank", "num_steps", "accumulate", "loss_chunk", "log_every"),
+            not_negative=("save_every", "dev_every", "weight_decay"),
+            inside_unit=("lr", "beta2"),
+            shares=("warmup", "final_lr"),
+            positive=("alpha", "max_grad_norm"),
+        )
         if self.num_workers not in (0, 1):
             raise UserError(f"num_workers must be 0 or 1, got {self.num_workers}: documents are read in one order.")
         if self.bits not in (8, 16, 32):
@@ -149,22 +140,13 @@ class Stage2TrainConfig:
 
 
 @dataclass(frozen=True)
-class Stage2Recipe:
+class Stage2Recipe(Recipe):
     """Everything a run depends on besides code, backbone, retriever and documents."""
 
     train: Stage2TrainConfig
     data: Stage2DataConfig
 
-    def as_dict(self) -> dict[str, Any]:
-        """The recipe as plain JSON values."""
-        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
-        return plain
-
-    def decisive(self) -> dict[str, Any]:
-        """The part that the trained numbers depend on (all but `FREE_OPTIONS`)."""
-        found = self.as_dict()
-        found["train"] = {key: value for key, value in found["train"].items() if key not in FREE_OPTIONS}
-        return found
+    free_options = FREE_OPTIONS
 
 
 def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Stage2Recipe:
@@ -173,9 +155,6 @@ def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Stage
     Raises:
         UserError: unreadable file, missing table, unknown or unusable key.
     """
-    content = read_tables(path, "data", "train")
-    values = {**content["train"], **(overrides or {})}
-    if "model" not in values:
-        raise UserError(f"The [train] table of {path} names no model.")
-    data = build_table(Stage2DataConfig, content["data"], "data option")
+    values, table = read_recipe(path, overrides)
+    data = build_table(Stage2DataConfig, table, "data option")
     return Stage2Recipe(build_table(Stage2TrainConfig, values, "training option"), data)
