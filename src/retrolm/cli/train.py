@@ -75,9 +75,10 @@ def stage1(
     _check_stop(stop_after)
     trainer = _stage1_trainer(recipe, pool, out, data_root, trackers or ())
     if measure_speed:
+        from ..engine.provenance import provenance
         from ..training.stage1.speed import training_speed
 
-        print_json(training_speed(trainer, measure_speed))
+        print_json({**training_speed(trainer, measure_speed), **provenance(["retrolm", *sys.argv[1:]])})
         return trainer.close()
     complete = _run(trainer, recipe.train.num_steps, resume, stop_after)
     if trainer.accelerator.is_main_process:
