@@ -10,9 +10,12 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from retrolm.config import RetroConfig
+from retrolm.engine.decode_step import fused_obstacle
 from retrolm.engine.model import RetroLM
+from retrolm.errors import UserError
 from test_against_naive import random_retriever
 from tiny_folder import save_tiny_model
 from tiny_models import random_ids, stock_logits, tiny_model
@@ -76,16 +79,55 @@ class IntegerLinear(nn.Module):
         return nn.functional.linear(rows, self.packed.to(rows.dtype) * self.scale, self.bias)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "phi3", "gemma2"])
-def test_quantised_linears_read_alike(name: str) -> None:
-    """What counts is that projections are called, not what they hold."""
-    model = tiny_model(name)
+def quantised(name: str, dtype: torch.dtype = torch.float64) -> Any:
+    model = tiny_model(name, dtype=dtype)
     for layer in model.model.layers:
         for block in (layer.self_attn, layer.mlp):
             for part, linear in list(block.named_children()):
                 if isinstance(linear, nn.Linear):
                     setattr(block, part, IntegerLinear(linear))
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "phi3", "gemma2"])
+def test_quantised_linears_read_alike(name: str) -> None:
+    """What counts is that projections are called, not what they hold."""
+    model = quantised(name)
     lm = RetroLM(model, config=RetroConfig(kv_budget=96, page_size=8))
     assert (lm.logits(IDS) - stock_logits(model, IDS)).abs().max() <= 1e-6
     lm.use_retriever(random_retriever(lm, 2))
     assert (lm.logits(IDS) - stock_logits(model, IDS)).abs().max() <= 1e-6
+
+
+def test_keys_of_quantised_bookmarks_are_projected_without_their_bias() -> None:
+    """Subtracted from a sum in low precision, a bias like Qwen2's leaves nothing of what tells pages apart."""
+    model = quantised("qwen2", torch.bfloat16)
+    module = model.model.layers[1].self_attn.k_proj
+    module.bias.data += 200.0
+    lm, rows = attach(model), torch.randn(1, 5, 48, dtype=torch.bfloat16)
+    content = lm.backbone.content_keys(1, rows, module(rows))
+    exact = rows.double() @ (module.packed.double() * module.scale.double()).T
+    assert content is not None and (content.double() - exact).abs().max() <= 0.05
+    assert (module(rows) - module.bias - content).abs().max() >= 0.25 and module.bias.min() > 190
+
+
+class OtherWeight(torch.Tensor):
+    """A weight of a type of its own, as torchao's are."""
+
+
+def test_fused_layers_want_plain_weights() -> None:
+    model = tiny_model("llama")
+    assert fused_obstacle(attach(model).backbone) is None
+    linear = model.model.layers[2].mlp.up_proj
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(OtherWeight))
+    assert fused_obstacle(attach(model).backbone) == "no fused layers for OtherWeight modules"
+
+
+def test_a_missing_quantiser_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: Any, **__: Any) -> None:
+        raise ImportError("Using `bitsandbytes` 4-bit quantization requires bitsandbytes: `pip install bitsandbytes`")
+
+    folder = save_tiny_model(tmp_path / "model")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", missing)
+    with pytest.raises(UserError, match=r"Can't load the model .* requires bitsandbytes: `pip install bitsandbytes`$"):
+        RetroLM.from_pretrained(folder)

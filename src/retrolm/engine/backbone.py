@@ -173,10 +173,11 @@ class Backbone:
         bias = self.layers[layer].key_bias
         if bias is None:
             return None
-        module = self.layers[layer].attention.k_proj
-        if type(module) is nn.Linear and not module.weight.is_meta:
-            return nn.functional.linear(rows, module.weight)
-        return out - bias
+        module: Any = self.layers[layer].attention.k_proj
+        plain = getattr(module, "base_layer", module)
+        if any(x.is_meta for x in plain.parameters()):
+            return out - bias  # its weights would have to be fetched a second time
+        return _without_bias(plain, rows)
 
     def _rope_tables(self, position_limit: int) -> dict[tuple[str | None, torch.device], RopeTable]:
         rotary = getattr(self.decoder, "rotary_emb", None)
@@ -191,6 +192,18 @@ class Backbone:
                 anchor, limit = _frequency_set(self.config, layer.layer_type, position_limit)
                 tables[key] = RopeTable(rotary, layer.layer_type, self.dtype, layer.device, anchor, limit)
         return tables
+
+
+def _without_bias(module: Any, rows: Tensor) -> Tensor:
+    """What a linear module, quantised ones too, makes of `rows` if its bias is left out."""
+    if type(module) is nn.Linear:
+        return nn.functional.linear(rows, module.weight)
+    bias, module.bias = module.bias, None
+    try:
+        out: Tensor = module.forward(rows)  # not through __call__, whose hooks would come back here
+    finally:
+        module.bias = bias
+    return out
 
 
 def check_family(config: Any) -> None:

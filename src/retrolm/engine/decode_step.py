@@ -142,9 +142,16 @@ def fused_obstacle(backbone: Backbone) -> str | None:
         return f"no fused layers for the activation {config.hidden_act!r}"
     if backbone.rope(0).rotary_dims != backbone.head_dim:
         return "no fused layers for partial rotary dims"
-    odd = [type(part).__name__ for part in _linears(backbone) if type(part) is not nn.Linear]
+    odd = [name for part in _linears(backbone) if (name := _odd_name(part))]
     odd += [type(part).__name__ for part in _norms(backbone) if not type(part).__name__.endswith("RMSNorm")]
     return f"no fused layers for {odd[0]} modules" if odd else None
+
+
+def _odd_name(part: Any) -> str | None:
+    """What is not plain about a linear module: its type, or that of its weight (quantised ones are of their own)."""
+    if type(part) is not nn.Linear:
+        return type(part).__name__
+    return None if type(part.weight) is nn.Parameter else type(part.weight).__name__
 
 
 def foreign_hook(model: nn.Module) -> bool:

@@ -10,7 +10,9 @@ import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -103,7 +105,7 @@ class FastDecode:
             runner = Runner(self._backbone, batch, places)
             self._runners[batch] = runner
         self._runners.move_to_end(batch)
-        with attachment.run(runner.program):
+        with self._on_device(), attachment.run(runner.program):
             if not self._prepared(runner):
                 del self._runners[batch]
                 return None
@@ -114,6 +116,11 @@ class FastDecode:
         if request.streamer is not None:
             request.streamer.end()
         return decoded
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        """Streams and kernels belong to the current device, which need not be the model's."""
+        device = self._backbone.device
+        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
     def _forget_other_weights(self) -> None:
         """A captured step goes on reading the weights it was captured with: others, elsewhere, need a new one."""

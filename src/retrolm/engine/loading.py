@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..errors import UserError, unknown
 from .backbone import check_family
+from .placement import device_of
 
 
 def load_model(folder: str, dtype: Any, device_map: Any, model_options: dict[str, Any]) -> tuple[Any, Any]:
@@ -23,16 +24,20 @@ def load_model(folder: str, dtype: Any, device_map: Any, model_options: dict[str
         check_family(AutoConfig.from_pretrained(folder).get_text_config())
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device_map, **model_options)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+        if device_map is None and torch.cuda.is_available() and not _is_on_cuda(model):
+            model = model.to("cuda")
+    except (OSError, ValueError, ImportError) as error:
         if isinstance(error, UserError):
             raise
         reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"Can't load the model {folder!r}: {reason} Give a folder, a Hugging Face id or a demo name."
-        ) from None
-    if device_map is None and torch.cuda.is_available():
-        model = model.to("cuda")
+        hint = "" if isinstance(error, ImportError) else " Give a folder, a Hugging Face id or a demo name."
+        raise UserError(f"Can't load the model {folder!r}: {reason}{hint}") from None
     return model.eval(), tokenizer
+
+
+def _is_on_cuda(model: Any) -> bool:
+    """Whether the model is on a GPU already, where quantisers put it themselves and let nobody move it."""
+    return device_of(model.get_input_embeddings()).type == "cuda"
 
 
 def eos_ids(*sources: Any) -> tuple[int, ...]:

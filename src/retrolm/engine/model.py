@@ -339,6 +339,7 @@ class RetroLM:
         return self.backbone.embed(torch.tensor([self.eos_ids[0] if self.eos_ids else 0]))[0].detach()
 
     def wait(self) -> None:
-        """Wait until the device has done its work, so that times can be taken."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        """Wait until all devices have done their work, so that times can be taken."""
+        for device in {self.device, *(info.device for info in self.backbone.layers)}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)

@@ -38,8 +38,9 @@ class PageAttention:
     def __call__(self, layer: int, q_BTHD: Tensor, k_BTKD: Tensor) -> None:
         if layer in self._layers:
             weights_BHQT = self._weights(layer, q_BTHD, k_BTKD)
-            real_BQ = self._real_BQ / self._real_BQ.sum(1, keepdim=True)
-            self.mass[layer] = self._by_page(torch.einsum("bhqt,bq->bt", weights_BHQT, real_BQ) / weights_BHQT.shape[1])
+            real_BQ = (self._real_BQ / self._real_BQ.sum(1, keepdim=True)).to(weights_BHQT.device)
+            mass_BT = torch.einsum("bhqt,bq->bt", weights_BHQT, real_BQ) / weights_BHQT.shape[1]
+            self.mass[layer] = self._by_page(mass_BT.to(self._starts.device))
 
     def shares(self, layer: int) -> Tensor:
         """The text pages' shares of what falls on them together, float32 [B, P]; even where nothing does."""
@@ -54,7 +55,7 @@ class PageAttention:
         positions = torch.arange(q_BTHD.shape[1], device=q_BTHD.device)
         cos, sin = self._backbone.rope(layer).at(positions)
         keys = rotate(k_BTKD, cos[:, None], sin[:, None]).float()
-        rows = self._rows_BQ
+        rows = self._rows_BQ.to(q_BTHD.device)
         batch = torch.arange(len(rows), device=rows.device)[:, None]
         queries = rotate(q_BTHD[batch, rows], cos[rows][:, :, None], sin[rows][:, :, None]).float()
         grouped = queries.unflatten(2, (keys.shape[2], -1))

@@ -64,8 +64,9 @@ def dequantise_records(
     W, K, D = page_shape
     keys, values = torch.empty(2, len(first), *page_shape, dtype=dtype, device=first.device)
     grid = (len(first), K, triton.cdiv(W, _TILE))
-    _dequantise[grid](
-        first.contiguous(), second.contiguous(), keys, values, first.shape[1], W, K,
-        D=D, D_BLOCK=triton.next_power_of_2(D), BITS=bits, TILE=_TILE, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device(first.device):
+        _dequantise[grid](
+            first.contiguous(), second.contiguous(), keys, values, first.shape[1], W, K,
+            D=D, D_BLOCK=triton.next_power_of_2(D), BITS=bits, TILE=_TILE, num_warps=4,
+        )  # fmt: skip
     return keys, values

@@ -19,6 +19,8 @@ def load_backbone(recipe: Stage2Recipe) -> RetroLM:
     lm = RetroLM.from_pretrained(
         train.model, retriever=retriever, dtype=dtype, page_size=config.page_size, kv_budget=config.kv_budget
     )
+    if train.weights == "full" and getattr(lm.model, "is_quantized", False):
+        raise UserError(f'The weights of {train.model!r} are quantised and can\'t be trained. Use weights = "lora".')
     check_lengths(recipe, lm)
     return lm
 
