@@ -329,3 +329,63 @@ class RetrievalAttention(Rule):
 
     def sees(self, layer: int, token: int, head: int) -> Seen:
         return [(j, token - j) for j in sorted(self.found[layer, head]) if j <= token]
+
+
+class ShadowKV(Rule):
+    """Chunks by mean keys; keys projected on their leading directions, but for chunks that are unlike their mean."""
+
+    def __init__(self, budget: int, chunk: int, num_local: int, rank: int, num_outliers: int) -> None:
+        self.budget, self.chunk, self.num_local = budget, chunk, num_local
+        self.rank, self.num_outliers = rank, num_outliers
+        self.end: dict[int, int] = {}
+        self.means: dict[tuple[int, int], list[np.ndarray]] = {}
+        self.outliers: dict[tuple[int, int], set[int]] = {}
+        self.found: dict[tuple[int, int], set[int]] = {}
+
+    def begin(self, layer: int, start: int, stop: int, queries: Vectors, keys: Vectors, answering: bool) -> None:
+        for kv in range(self.reader.kv_heads):
+            self.found[layer, kv] = set(range(stop))
+        if not answering or stop <= self.budget:
+            return
+        if layer not in self.end:
+            self._compress(layer, start, keys)
+        query = self.reader._turn(layer, queries[0], start)
+        for kv in range(self.reader.kv_heads):
+            self.found[layer, kv] = self._found(layer, kv, stop, query)
+
+    def _compress(self, layer: int, num_tokens: int, keys: Vectors) -> None:
+        num_chunks = max(num_tokens // self.chunk - self.num_local, 0)
+        self.end[layer] = num_chunks * self.chunk
+        rows = np.stack(self.reader.keys[layer][:num_tokens]).reshape(num_tokens, -1)
+        directions = np.linalg.eigh(rows.T @ rows)[1][:, -self.rank :]
+        low = (rows @ directions @ directions.T).reshape(num_tokens, self.reader.kv_heads, -1)
+        for kv in range(self.reader.kv_heads):
+            least, means = [], []
+            for c in range(num_chunks):
+                tokens = range(c * self.chunk, (c + 1) * self.chunk)
+                turned = [self.reader._turn(layer, keys[j], j)[kv] for j in tokens]
+                mean = sum(turned) / len(turned)
+                means.append(mean)
+                least.append(min(float(k @ mean) / (np.linalg.norm(k) * np.linalg.norm(mean)) for k in turned))
+            worst = set(sorted(range(num_chunks), key=lambda c: least[c])[: self.num_outliers])
+            self.means[layer, kv], self.outliers[layer, kv] = means, worst
+            for j in range(self.end[layer]):
+                if j // self.chunk not in worst:
+                    self.reader.at_zero[layer][j] = self.reader.at_zero[layer][j].copy()
+                    self.reader.at_zero[layer][j][kv] = self.reader._turn(layer, low[j], 0)[kv]
+
+    def _found(self, layer: int, kv: int, stop: int, query: Vectors) -> set[int]:
+        means, outliers, end = self.means[layer, kv], self.outliers[layer, kv], self.end[layer]
+        others = [c for c in range(len(means)) if c not in outliers]
+        best = dict.fromkeys(others, 0.0)
+        for head in (h for h in range(self.reader.heads) if self.reader.kv(h) == kv):
+            weights = {c: float(np.exp(query[head] @ means[c] * self.reader.dim**-0.5)) for c in others}
+            for c in others:
+                best[c] = max(best[c], weights[c] / sum(weights.values()))
+        room = self.budget - self.num_outliers * self.chunk
+        top_k = max((room - (stop - end)) // self.chunk, 0)
+        chosen = outliers | set(sorted(others, key=lambda c: best[c], reverse=True)[:top_k])
+        return {j for j in range(end) if j // self.chunk in chosen} | set(range(max(end, stop - room), stop))
+
+    def sees(self, layer: int, token: int, head: int) -> Seen:
+        return [(j, token - j) for j in sorted(self.found[layer, self.reader.kv(head)]) if j <= token]

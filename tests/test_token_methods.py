@@ -35,6 +35,10 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[], naive.Rule]]] = {
     "quest": ({"page": 8, "num_dense_layers": 1}, lambda: naive.Quest(BUDGET, 8, 1)),
     "arkvale": ({"page": 4, "num_dense_layers": 1}, lambda: naive.ArkVale(BUDGET, 4, 1)),
     "retrieval_attention": ({"num_first": 3, "num_recent": 9}, lambda: naive.RetrievalAttention(BUDGET, 3, 9)),
+    "shadowkv": (
+        {"chunk": 4, "num_local": 2, "rank": 10, "outliers": 0.2},
+        lambda: naive.ShadowKV(BUDGET, 4, 2, 10, 2),
+    ),
 }
 FAMILIES = ["llama", "llama-mha", "llama-mqa", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "mistral-sliding"]
 
