@@ -81,12 +81,17 @@ class SetAttention:
     ) -> tuple[Tensor, Tensor]:
         """Keys, rotated to compact positions, and values of [selected | own] pages: [n, L, K, D] each."""
         own_ids = _repeated(on.own_ids[rows], len(picked_nS))
+        dtype, cos_sin = self._parts.backbone.dtype, (layout.cos_k, layout.sin_k)
+        at_once = self._parts.store.gather_rotated(
+            layer, picked_nS, on.table_ids, own_ids, layout.span, *cos_sin, dtype
+        )
+        if at_once is not None:
+            return at_once
         past_ids = on.table_ids[picked_nS.clamp(min=0)].where(picked_nS >= 0, own_ids[:, :1])
         ids = torch.cat([past_ids, own_ids], 1)
         found = self._parts.store.read(layer, ids.flatten())
-        dtype = self._parts.backbone.dtype
         keys, values = (x.to(dtype).unflatten(0, (len(ids), -1)).flatten(1, 2)[:, layout.span] for x in found)
-        return rotate(keys, layout.cos_k, layout.sin_k, out=head_major(keys)), values
+        return rotate(keys, *cos_sin, out=head_major(keys)), values
 
     # --- what layers share ----------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import gather
 from .quantise import dequantise, quantise, record_bytes
 
 
@@ -145,6 +146,33 @@ class PageStore(ABC):
         """The two halves of pages as they are stored, [N, *stored_shape] each: keys and values, or quantised."""
         return self._read(layer, ids)
 
+    def gather_rotated(
+        self,
+        layer: int,
+        picked_nS: Tensor,
+        ids_P: Tensor,
+        own_nO: Tensor,
+        span: slice,
+        cos: Tensor,
+        sin: Tensor,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Selected and own pages as one row, keys rotated (see `gather`); None where only `read` can bring them.
+
+        Args:
+            ids_P, own_nO: page numbers.
+        """
+        if not (gather.runs_on(self.layout.devices[layer]) and gather.knows(self.layout)):
+            return None
+        found = self._locate(layer, picked_nS, ids_P, own_nO)
+        return None if found is None else gather.gather_rotated(*found, self.layout, span, cos, sin, dtype)
+
+    def _locate(
+        self, layer: int, picked_nS: Tensor, ids_P: Tensor, own_nO: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Make pages ready on the device: the table, ordinals, and places that `gather.gather_rotated` takes."""
+        return None
+
     @abstractmethod
     def _write(self, layer: int, ids: Tensor, first: Tensor, second: Tensor) -> None:
         """Keep the two halves of stored pages, [N, *stored_shape] each."""
@@ -182,6 +210,7 @@ class Slabs:
         self._first: list[int] = []
         self._bounds = torch.empty(0, dtype=torch.int64)
         self._bases = torch.empty(2, 0, dtype=torch.int64)
+        self._table: Tensor | None = None
         self.capacity = 0
 
     def grow(self, num_pages: int) -> None:
@@ -193,6 +222,7 @@ class Slabs:
         self._bounds = torch.tensor(self._first[1:], dtype=torch.int64)
         base = torch.tensor([[self._keys[-1].data_ptr()], [self._values[-1].data_ptr()]])
         self._bases = torch.cat([self._bases, base], 1)
+        self._table = None
         self.capacity += num_pages
 
     def write(self, ids: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -229,6 +259,12 @@ class Slabs:
         slab_of = torch.bucketize(ids, self._bounds, right=True)
         inside = ids - torch.tensor(self._first)[slab_of]
         return self._bases[:, slab_of] + inside * (self._layout.page_bytes // 2)
+
+    def table(self) -> Tensor:
+        """Addresses of all pages, int64 [2, capacity], on the device of the pages."""
+        if self._table is None:
+            self._table = self.addresses(torch.arange(self.capacity)).to(self._device, non_blocking=True)
+        return self._table
 
     def _parts(self, ids: Tensor) -> list[tuple[int, Tensor | None]]:
         """Which slab holds which of `ids`: (slab, places in `ids`); places are None where one slab holds all."""

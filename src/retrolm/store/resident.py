@@ -24,6 +24,11 @@ class ResidentStore(PageStore):
     def _read(self, layer: int, ids: Tensor) -> tuple[Tensor, Tensor]:
         return self._layers[layer].read(ids)
 
+    def _locate(
+        self, layer: int, picked_nS: Tensor, ids_P: Tensor, own_nO: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self._layers[layer].table(), picked_nS, ids_P, own_nO
+
     def prefetch(self, layer: int, ids: Tensor) -> None:
         """Nothing to move: all pages are where they are needed."""
 

@@ -76,6 +76,11 @@ class TieredStore(PageStore):
     def _read(self, layer: int, ids: Tensor) -> tuple[Tensor, Tensor]:
         return self._cache[layer].read(ids, self._host[layer])
 
+    def _locate(
+        self, layer: int, picked_nS: Tensor, ids_P: Tensor, own_nO: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        return self._cache[layer].locate(picked_nS, ids_P, own_nO, self._host[layer])
+
     def prefetch(self, layer: int, ids: Tensor) -> None:
         self._cache[layer].prefetch(ids, self._host[layer])
 
@@ -160,13 +165,32 @@ class LayerCache:
         unique = ids.unique()
         capacity = len(self._page_in)
         if len(unique) <= capacity:
-            self._wait_for_prefetch()
-            self.num_reads += len(unique)
-            self.num_misses += self._load(unique, host)
+            self._make_ready(unique, host)
             return self.slabs.read(self._slot_of[ids])
         half = len(ids) // 2
         first, second = self.read(ids[:half], host), self.read(ids[half:], host)
         return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]])
+
+    def locate(
+        self, picked_nS: Tensor, ids_P: Tensor, own_nO: Tensor, host: HostPages
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Bring pages to the device and say where they stand (`PageStore._locate`); None if they don't fit together."""
+        if self._holds_all:
+            self.num_reads += picked_nS.numel() + own_nO.numel()
+            return self.slabs.table(), picked_nS, ids_P, own_nO
+        past_ids = ids_P[picked_nS.clamp(min=0)].where(picked_nS >= 0, own_nO[:, :1])
+        ids = torch.cat([past_ids, own_nO], 1).to(_CPU)
+        unique = ids.unique()
+        if len(unique) > len(self._page_in):
+            return None
+        self._make_ready(unique, host)
+        slots = self._slot_of[ids].to(self._device, non_blocking=True)
+        return self.slabs.table(), picked_nS[:, :0], ids_P, slots
+
+    def _make_ready(self, unique: Tensor, host: HostPages) -> None:
+        self._wait_for_prefetch()
+        self.num_reads += len(unique)
+        self.num_misses += self._load(unique, host)
 
     def prefetch(self, ids: Tensor, host: HostPages) -> None:
         """Load pages on a stream of its own; only the next use of this layer waits for it."""

@@ -1,0 +1,151 @@
+"""The Triton kernels of prefill against their plain PyTorch forms.
+
+They run on a GPU, or on a CPU with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from retrolm.ops.rotary import rotate
+from retrolm.store import PageLayout, PageStore, ResidentStore, TieredStore, gather
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+@pytest.fixture(autouse=True)
+def kernels_everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Also in the interpreter, on a CPU; products in full precision."""
+    monkeypatch.setattr(gather, "runs_on", lambda device: True)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def noise(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    """Within the rounding of the dtype, relative to the largest number; NaN never passes."""
+    bar = TOLERANCE[expected.dtype] * max(1.0, float(expected.double().abs().max()))
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    assert bool(found.isfinite().all())
+    assert float((found.double() - expected.double()).abs().max()) <= bar
+
+
+# --- gathering ----------------------------------------------------------------------------------------------------
+
+
+def angles(num: int, length: int, rotary_dims: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    half = noise(num, length, 1, rotary_dims // 2, dtype=torch.float32, seed=9).repeat(1, 1, 1, 2)
+    return half.cos().to(dtype), half.sin().to(dtype)
+
+
+def by_reading(
+    store: PageStore,
+    picked: Tensor,
+    ids: Tensor,
+    own: Tensor,
+    span: slice,
+    cos: Tensor,
+    sin: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    past = ids[picked.clamp(min=0)].where(picked >= 0, own[:, :1])
+    places = torch.cat([past, own], 1)
+    found = store.read(1, places.flatten())
+    keys, values = (x.to(dtype).unflatten(0, (len(places), -1)).flatten(1, 2)[:, span] for x in found)
+    return rotate(keys, cos, sin), values
+
+
+def filled_store(layout: PageLayout, num_pages: int, cap_pages: int | None = None) -> tuple[PageStore, Tensor]:
+    """A store of two layers, made in two steps so that it has two slabs; ids of its pages in no order."""
+    unit = layout.page_bytes * 2
+    store = ResidentStore(layout) if cap_pages is None else TieredStore(layout, cap_pages * unit, 1)
+    ids = torch.cat([store.reserve(num_pages // 2), store.reserve(num_pages - num_pages // 2)])
+    for layer in range(2):
+        parts = (noise(num_pages, *layout.page_shape, dtype=layout.dtype, seed=layer + 2 * i) for i in range(2))
+        store.write(layer, ids, *parts)
+    return store, ids[torch.randperm(num_pages, generator=torch.Generator().manual_seed(1))].to(DEVICE)
+
+
+SHAPES = [(16, 1, 64, 64), (16, 8, 128, 128), (33, 2, 96, 96), (16, 2, 96, 24), (7, 3, 12, 12), (256, 2, 64, 32)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("page_size", "num_heads", "dim", "rotary_dims"), SHAPES)
+def test_gathered_rows_are_those_read_and_rotated(
+    page_size: int, num_heads: int, dim: int, rotary_dims: int, dtype: torch.dtype
+) -> None:
+    """Holes, repeats, and a span that begins and ends inside pages."""
+    layout = PageLayout(page_size, num_heads, dim, dtype, (DEVICE, DEVICE))
+    store, ids = filled_store(layout, 7)
+    picked = torch.tensor([[-1, 0, 4], [1, 2, 3], [5, 5, 0]], device=DEVICE)
+    own = ids[torch.tensor([[6], [5], [4]], device=DEVICE)]
+    span = slice(3, 4 * page_size - 2)
+    cos, sin = angles(3, span.stop - span.start, rotary_dims, dtype)
+    for several in (cos[:1], cos):
+        there = (several, sin[: len(several)])
+        found = store.gather_rotated(1, picked, ids, own, span, *there, dtype)
+        assert found is not None and all(x.is_contiguous() for x in found)
+        expected = by_reading(store, picked, ids, own, span, *there, dtype)
+        close(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+def test_a_store_of_another_dtype(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    kept, wanted = dtypes
+    store, ids = filled_store(PageLayout(16, 2, 64, kept, (DEVICE, DEVICE)), 4)
+    picked, own, span = torch.tensor([[0, 1]], device=DEVICE), ids[None, 2:3], slice(0, 48)
+    cos, sin = angles(1, 48, 64, wanted)
+    found = store.gather_rotated(1, picked, ids, own, span, cos, sin, wanted)
+    assert found is not None
+    for got, want in zip(found, by_reading(store, picked, ids, own, span, cos, sin, wanted), strict=True):
+        close(got, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("page_size", "num_heads", "dim", "rotary_dims"), SHAPES)
+def test_quantised_pages_are_restored_on_the_way(
+    page_size: int, num_heads: int, dim: int, rotary_dims: int, bits: int, dtype: torch.dtype
+) -> None:
+    layout = PageLayout(page_size, num_heads, dim, dtype, (DEVICE, DEVICE), bits)
+    store, ids = filled_store(layout, 4)
+    picked, own, span = torch.tensor([[-1, 0], [2, 1]], device=DEVICE), ids[:2, None], slice(1, 3 * page_size)
+    cos, sin = angles(2, span.stop - 1, rotary_dims, dtype)
+    found = store.gather_rotated(1, picked, ids, own, span, cos, sin, dtype)
+    if not gather.knows(layout):
+        pytest.fail("the kernel should know every even record")
+    assert found is not None
+    for got, want in zip(found, by_reading(store, picked, ids, own, span, cos, sin, dtype), strict=True):
+        close(got, want)
+
+
+@pytest.mark.parametrize("cap_pages", [3, 5, 9])
+def test_pages_come_from_the_host_tier(cap_pages: int) -> None:
+    """What does not fit the device tier together is left to `read`."""
+    layout = PageLayout(16, 2, 64, torch.float32, (DEVICE, DEVICE))
+    store, ids = filled_store(layout, 9, cap_pages)
+    span = slice(0, 48)
+    cos, sin = angles(1, 48, 64, torch.float32)
+    for first in range(6):
+        picked = torch.tensor([[first, first + 1], [-1, first + 2]], device=DEVICE)
+        own = ids[torch.tensor([[8], [7]], device=DEVICE)]
+        found = store.gather_rotated(1, picked, ids, own, span, cos, sin, torch.float32)
+        assert (found is None) == (cap_pages == 3)
+        expected = by_reading(store, picked, ids, own, span, cos, sin, torch.float32)
+        if found is not None:
+            close(found[0], expected[0])
+            assert torch.equal(found[1], expected[1])
