@@ -19,6 +19,7 @@ from .eval_answerer import (
     open_answerer,
 )
 from .eval_attention import attention
+from .eval_generation import generation
 from .eval_loss import loss
 from .eval_options import AdapterOption, BackboneOptions, SetOption, SetOptions
 from .eval_retrieval import retrieval
@@ -102,6 +103,7 @@ def evaluate(
 
 
 command.command("attention")(attention)
+command.command("generation")(generation)
 command.command("loss")(loss)
 command.command("retrieval")(retrieval)
 command.command("score")(score)

@@ -21,6 +21,7 @@ from .arkvale import ArkVale
 from .base import METHODS
 from .knobs import positive
 from .quest_tokens import Quest
+from .retro_exposure import Revises
 from .token_base import ChunkView, Part
 from .token_pages import PagedTokenMethod
 
@@ -40,7 +41,7 @@ class RetroKnobs:
     partials: Partials = "kept"
 
 
-class RetroAttention(PagedTokenMethod):
+class RetroAttention(Revises, PagedTokenMethod):
     """The decorator, put in front of a page-choosing method in a class's bases.
 
     State per layer: `loaded`, the true position of the last token that each page was loaded for, int64 [B, J, P], -1 =
@@ -50,7 +51,6 @@ class RetroAttention(PagedTokenMethod):
     paper = "https://arxiv.org/abs/2508.09001"
     when = "each generated token, for those before it, too"
     keeps = "all tokens, and the outputs of the last `window` ones, on the device"
-    knobs: RetroKnobs
 
     def check_knobs(self) -> None:
         super().check_knobs()
@@ -71,11 +71,20 @@ class RetroAttention(PagedTokenMethod):
         if chosen_BJP is None:
             return None
         loaded = self._loaded(view, chosen_BJP)
-        query_B1Q1 = view.true_BQ[:, None, :, None]
         view.cache.state["loaded"] = torch.where(chosen_BJP, view.true_BQ[:, None, -1:], loaded)
-        if self.knobs.partials == "recomputed":
-            return [self.part_of(view, view.cache.state["loaded"][:, :, None] >= query_B1Q1)]
-        return [self.part_of(view, chosen_BJP[:, :, None] & (loaded[:, :, None] < query_B1Q1))]
+        fresh = self._fresh(view, chosen_BJP, loaded)
+        if self.meter is not None:
+            self.meter.note(fresh.allowed_BJQS.sum(-1))
+        if self.knobs.partials == "kept":
+            return [fresh]
+        return [self.part_of(view, view.cache.state["loaded"][:, :, None] >= view.true_BQ[:, None, :, None])]
+
+    def _fresh(self, view: ChunkView, chosen_BJP: Tensor, loaded_BJP: Tensor) -> Part:
+        """Of the pages chosen now, those that each query has not seen; no further page is read for the older ones."""
+        part = self.part_of(view, chosen_BJP[:, :, None])
+        page_BJS = part.k_positions_BJS.div(self.knobs.page, rounding_mode="floor")
+        seen_BJ1S = loaded_BJP.gather(2, page_BJS)[:, :, None]
+        return dataclasses.replace(part, allowed_BJQS=part.allowed_BJQS & (seen_BJ1S < view.true_BQ[:, None, :, None]))
 
     def merge(self, view: ChunkView, out_BHQD: Tensor, lse_BHQ: Tensor) -> Tensor:
         state, num_again = view.cache.state, view.num_queries - 1
