@@ -69,10 +69,11 @@ def test_a_budget_that_holds_the_text_equals_the_stock_model(
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_any_chunking_gives_the_same_logits(name: str, causal: bool) -> None:
-    """Also the processor's: page by page there, many pages at once here."""
+    """And near enough the processor's: angles are float32, and a device rounds them its own way."""
     ids = random_ids(163)
-    by_page = make(name, device="cpu", chunk_pages=1, causal_selection=causal).logits(ids)
-    for chunk_pages in (1, 5, 100):
+    by_page = make(name, chunk_pages=1, causal_selection=causal).logits(ids)
+    assert largest(by_page, make(name, device="cpu", chunk_pages=1, causal_selection=causal).logits(ids)) <= 1e-4
+    for chunk_pages in (5, 100):
         assert largest(make(name, chunk_pages=chunk_pages, causal_selection=causal).logits(ids), by_page) <= 1e-6
 
 

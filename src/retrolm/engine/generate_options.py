@@ -63,8 +63,7 @@ class GenerateOptions:
         max_new_tokens: what the generation config says; the caller's own number goes before it.
         keeps_rows: whether row i stays row i while generating (not so in beam search).
         decoding: "plain" = transformers' `generate`; "auto" = the engine's own loop over a compact cache of fixed
-            shape where it applies and pays; "fast" = that or an error. "plain" is the default as long as the captured
-            step has not passed its tests on a GPU.
+            shape where it applies and pays, which is on a GPU (the default); "fast" = that or an error.
 
     Raises:
         UserError: an unknown option, or one that can't be honoured.
@@ -75,7 +74,7 @@ class GenerateOptions:
     ) -> None:
         self._model = model
         self._options = {key: value for key, value in options.items() if key not in ("tokenizer", "decoding")}
-        self.decoding = options.get("decoding", "plain")
+        self.decoding = options.get("decoding", "auto")
         if self.decoding not in DECODING:
             raise UserError(f"decoding={self.decoding!r} is not a choice.{suggest(str(self.decoding), DECODING)}")
         self._check()
