@@ -147,14 +147,18 @@ def test_training_scores_what_the_engine_scores(name: str, chat: bool, rank: int
             assert (found - scores[layer]).abs().max() < 1e-5 * scores[layer].abs().max()
 
 
+@pytest.mark.parametrize("lengths", [(29, 18), (29, 29)])
 @pytest.mark.parametrize("num_prefix", [0, 5])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_several_questions_are_as_each_alone(name: str, num_prefix: int) -> None:
-    """Scores for each of several questions on a text equal those of a batch with that question alone."""
+def test_several_questions_are_as_each_alone(name: str, num_prefix: int, lengths: tuple[int, int]) -> None:
+    """Scores for each of several questions on a text equal those of a batch with that question alone.
+
+    Where all texts end at the same place, the questions' attention has no mask.
+    """
     lm = attached(name)
     retriever = random_retriever(lm, 0).double()
     prefix = random_ids(num_prefix, 1).tolist()
-    texts = [random_ids(n, n).tolist() for n in (29, 18)]
+    texts = [random_ids(n, n + row).tolist() for row, n in enumerate(lengths)]
     questions = [[random_ids(n, n + row).tolist() for n in sizes] for row, sizes in enumerate([(3, 11, 1), (4, 9)])]
     together = page_batch(prefix, texts, [q[0] for q in questions], W, pad_id=0, further=[q[1:] for q in questions])
     dense = dense_pass(lm.backbone, lm.attachment, together)

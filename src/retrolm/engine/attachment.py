@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -36,6 +36,10 @@ class Program(Protocol):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
         """Attention of [B, H, T, D] queries over [B, K, T', D] keys and values → [B, T, H, D]."""
         ...
+
+
+class PassIsOver(Exception):  # noqa: N818 (nothing went wrong)
+    """Raised by a program that has all it came for: the rest of the forward pass is left out."""
 
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
@@ -84,14 +88,15 @@ class Attachment:
 
     @contextmanager
     def run(self, program: Program) -> Iterator[None]:
-        """Let `program` decide attention and bookmark projections until the block ends."""
+        """Let `program` decide attention and bookmark projections until the block ends, or the program ends it."""
         with self._lock:
             before, outer = self._config._attn_implementation, self._program
             token = PROGRAM.set(program)
             self._program = program
             self._config._attn_implementation = ATTENTION_NAME
             try:
-                yield
+                with suppress(PassIsOver):
+                    yield
             finally:
                 self._config._attn_implementation = before
                 self._program = outer

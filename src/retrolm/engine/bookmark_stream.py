@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from ..config import RetroConfig
+from ..ops.attention import shapes_may_vary
 from ..ops.rotary import rotate, unscaled
 from ..retriever import PageRetriever
-from .attachment import Attachment
+from .attachment import Attachment, PassIsOver
 from .backbone import Backbone
-from .bookmark_attention import attend_bookmarks
+from .bookmark_sets import BookmarkSets
 from .dense_pass import DenseStates
 from .page_batch import PageBatch
+from .rope_table import RopeTable
 
 
 @dataclass
@@ -46,19 +48,11 @@ class BookmarkProgram:
     ) -> None:
         self._backbone = backbone
         self._places_BM = _page_places(batch) * config.page_size if config.score_rope else None
+        self._page_size = config.page_size
         self._retriever = retriever
         self._dense = dense
-        B, T = batch.tokens_BT.shape
-        self._num_sink = _num_sink(batch) if config.bookmark_span == "sink_page" else 0
-        is_sink = torch.zeros_like(batch.lengths_BM, dtype=torch.bool)
-        is_sink[:, 0] = batch.num_prefix == 0
-        self._is_sink = is_sink.flatten()
-        self._lengths = batch.lengths_BM.flatten()
-        width = int(batch.lengths_BM.max())
-        inside = torch.arange(width, device=batch.tokens_BT.device)
-        rows = batch.starts_BM[..., None] + inside
-        first = torch.arange(B, device=rows.device)[:, None, None] * T
-        self._own = (first + rows.clamp(max=T - 1)).flatten(0, 1)
+        num_sink = _num_sink(batch) if config.bookmark_span == "sink_page" else 0
+        self._sets = BookmarkSets(batch, num_sink, backbone.dtype)
         self._content: Tensor | None = None
         self.num_bookmarks = batch.lengths_BM.shape[1]
         self.states = BookmarkStates()
@@ -72,42 +66,33 @@ class BookmarkProgram:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
         rope = self._backbone.rope(layer)
-        q, k = (unscaled(x, rope.scaling, rope.rotary_dims).transpose(1, 2) for x in (q, k))
-        if self._places_BM is None:
-            self.states.queries.append(q)
-            self.states.keys.append(k if self._content is None else self._content.reshape(k.shape))
-        else:
-            rope.require(int(self._places_BM.max()) + 1)
-            cos, sin = (table[:, :, None] for table in rope.at(self._places_BM))
-            self.states.queries.append(rotate(q, cos, sin))
-            self.states.keys.append(rotate(k, cos, sin))
+        self._keep(rope, *(unscaled(x, rope.scaling, rope.rotary_dims).transpose(1, 2) for x in (q, k)))
+        if layer == self._backbone.num_layers - 1:
+            raise PassIsOver
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        shape = q.shape[:2]
+        marks = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
         keys, values = self._dense.keys[layer], self._dense.values[layer]
-        own_k, own_v = (x.flatten(0, 1)[self._own] for x in (keys, values))
-        B, M = q.shape[:2]
-        sink_k, sink_v = (x[:, : self._num_sink].repeat_interleave(M, 0) for x in (keys, values))
-        out = attend_bookmarks(
-            q.flatten(0, 1),
-            k.flatten(0, 1),
-            v.transpose(1, 2).flatten(0, 1),
-            own_k,
-            own_v,
-            self._lengths,
-            sink_k,
-            sink_v,
-            self._is_sink,
-            rope,
-            scale,
-            softcap,
-        )
-        return out.unflatten(0, (B, M))
+        return self._sets.attend(marks, keys, values, rope, scale, softcap).unflatten(0, shape)
+
+    def _keep(self, rope: RopeTable, q_BMHD: Tensor, k_BMKD: Tensor) -> None:
+        """Add a layer's queries and keys, as they are scored, to the states."""
+        if self._places_BM is None:
+            k_BMKD = k_BMKD if self._content is None else self._content.reshape(k_BMKD.shape)
+        else:
+            rope.require(self.num_bookmarks * self._page_size + 1)
+            cos, sin = (table[:, :, None] for table in rope.at(self._places_BM))
+            q_BMHD, k_BMKD = rotate(q_BMHD, cos, sin), rotate(k_BMKD, cos, sin)
+        self.states.queries.append(q_BMHD)
+        self.states.keys.append(k_BMKD)
 
 
 def _num_sink(batch: PageBatch) -> int:
     """Tokens of the sink: the prefix or, as in prefill, the first text page."""
-    first_B = batch.lengths_BM[:, 0]
-    if not batch.num_prefix and bool((first_B != first_B[0]).any()):
+    num_sink = batch.num_prefix or batch.sizes.first
+    if num_sink is None:
         raise ValueError("first pages of unequal length can't be the sinks of one batch; give a prefix")
-    return batch.num_prefix or int(first_B[0])
+    return num_sink
 
 
 def _page_places(batch: PageBatch) -> Tensor:
@@ -134,10 +119,10 @@ def bookmark_stream(
         dense: the frozen pass over the same batch.
         config: `bookmark_span` and `score_rope` are honoured (D13, D3); None = the defaults.
     """
-    backbone.require_positions(_num_sink(batch) + int(batch.lengths_BM.max()) + 2)
+    backbone.require_positions(_num_sink(batch) + batch.sizes.widest + 2)
     program = BookmarkProgram(backbone, retriever, batch, dense, config or RetroConfig())
     B, M = batch.lengths_BM.shape
-    with attachment.run(program):
+    with attachment.run(program), shapes_may_vary(backbone.device):
         backbone.decoder(
             inputs_embeds=bookmark.to(backbone.dtype).expand(B, M, -1),
             position_ids=torch.zeros(B, M, dtype=torch.int64, device=backbone.device),

@@ -6,15 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.attention import shapes_may_vary
 from ..ops.causal import causal_attention
 from ..ops.rotary import rotate, unscaled
-from .attachment import Attachment
+from .attachment import Attachment, PassIsOver
 from .backbone import Backbone
 from .page_batch import PageBatch
 from .question_attention import SeparateQuestions
+from .rope_table import RopeTable
 
 Observer = Callable[[int, Tensor, Tensor], None]
 
@@ -42,6 +43,7 @@ class DenseProgram:
         self._backbone = backbone
         self._observe = observe
         self._questions = questions
+        self._turns: dict[int, tuple[Tensor, Tensor]] = {}
         self.states = DenseStates()
 
     def project(self, layer: int, name: str, rows: Tensor, out: Tensor) -> Tensor | None:
@@ -55,45 +57,39 @@ class DenseProgram:
             self._observe(layer, q.transpose(1, 2), k.transpose(1, 2))
         self.states.keys.append(k.transpose(1, 2))
         self.states.values.append(v.transpose(1, 2))
-        positions = torch.arange(q.shape[2], device=q.device)[None]
-        if self._questions is not None:
-            positions = self._questions.positions_BT
-        cos, sin = (x[:, None] for x in rope.at(positions))
+        if layer == self._backbone.num_layers - 1:
+            raise PassIsOver
+        cos, sin = self._turn(rope, q.shape[2], q.device)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         window = self._backbone.layers[layer].window
         out = causal_attention(q, k, v, scale, softcap, window)
         if self._questions is not None:
-            self._questions.attend(
-                q, out, window, lambda rows, allowed: _masked_attention(rows, k, v, scale, softcap, allowed)
-            )
+            self._questions.attend(q, k, v, out, scale, softcap, window)
         return out.transpose(1, 2)
+
+    def _turn(self, rope: RopeTable, num_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cos and sin of all tokens, [1 or B, 1, T, R]; kept for the layers that share them."""
+        if id(rope) not in self._turns:
+            positions = torch.arange(num_tokens, device=device)[None]
+            if self._questions is not None:
+                positions = self._questions.positions_BT
+            cos, sin = (x[:, None] for x in rope.at(positions))
+            self._turns[id(rope)] = cos, sin
+        return self._turns[id(rope)]
 
 
 @torch.no_grad()
 def dense_pass(
     backbone: Backbone, attachment: Attachment, batch: PageBatch, observe: Observer | None = None
 ) -> DenseStates:
-    """Run the frozen backbone over `batch` once; no logits are computed."""
+    """Run the frozen backbone over `batch` once, up to the last layer's keys and values."""
     backbone.require_positions(batch.tokens_BT.shape[1])
     questions = SeparateQuestions(batch) if batch.num_questions > 1 else None
     program = DenseProgram(backbone, observe, questions)
-    with attachment.run(program):
+    with attachment.run(program), shapes_may_vary(backbone.device):
         backbone.decoder(
             inputs_embeds=backbone.embed(batch.tokens_BT),
             position_ids=torch.zeros_like(batch.tokens_BT, device=backbone.device),
             use_cache=False,
         )
     return program.states
-
-
-def _masked_attention(
-    q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float, softcap: float | None, allowed: Tensor
-) -> Tensor:
-    # Kernels that take a mask know no groups: with `enable_gqa` PyTorch would fall back to its slowest one.
-    group = q_BHTD.shape[1] // k_BKTD.shape[1]
-    k, v = (x.repeat_interleave(group, 1) for x in (k_BKTD, v_BKTD))
-    if softcap is None:
-        return F.scaled_dot_product_attention(q_BHTD, k, v, attn_mask=allowed, scale=scale)
-    scores = softcap * torch.tanh(q_BHTD.float() @ k.float().transpose(2, 3) * scale / softcap)
-    weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
-    return (weights @ v.float()).to(q_BHTD.dtype)

@@ -5,8 +5,8 @@ Shape letters: B sequences, T tokens, M pages with the query page last, P text p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Ids = Sequence[int] | NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True)
+class PageSizes:
+    """Lengths that decide the shapes of a pass, as plain numbers: read from a device, each would wait for its work.
+
+    Attributes:
+        num_tokens: tokens that are no padding. widest: tokens of the longest page, query pages included.
+        first: tokens of the first pages, text_end: where the questions begin; None where sequences differ.
+        longest_question, question_rows: tokens of the longest question, and of one sequence's questions at most.
+    """
+
+    num_tokens: int
+    widest: int
+    first: int | None
+    text_end: int | None
+    longest_question: int
+    question_rows: int
 
 
 @dataclass
@@ -27,6 +45,7 @@ class PageBatch:
         starts_BM, lengths_BM: first token and tokens of each page, int64; query pages are the last columns. Pages that
             a sequence doesn't have are of length 0.
         num_questions: query pages. Each follows the text directly, as if the others were not there.
+        sizes: taken from `lengths_BM` where it isn't given.
     """
 
     tokens_BT: Tensor
@@ -34,6 +53,11 @@ class PageBatch:
     starts_BM: Tensor
     lengths_BM: Tensor
     num_questions: int = 1
+    sizes: PageSizes = field(default=None)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.sizes is None:
+            self.sizes = _sizes(self)
 
     @property
     def text_lengths(self) -> Tensor:
@@ -43,16 +67,36 @@ class PageBatch:
     @property
     def num_tokens(self) -> int:
         """Tokens that are no padding."""
-        return self.num_prefix * len(self.lengths_BM) + int(self.lengths_BM.sum())
+        return self.sizes.num_tokens
 
     def to(self, device: torch.device) -> PageBatch:
-        return PageBatch(
-            self.tokens_BT.to(device, non_blocking=True),
-            self.num_prefix,
-            self.starts_BM.to(device, non_blocking=True),
-            self.lengths_BM.to(device, non_blocking=True),
-            self.num_questions,
-        )
+        return self._with(lambda part: part.to(device, non_blocking=True))
+
+    def pin_memory(self) -> PageBatch:
+        """The batch in page-locked memory, from which a copy to a GPU waits for nothing (a DataLoader calls this)."""
+        return self._with(lambda part: part.pin_memory())
+
+    def _with(self, move: Callable[[Tensor], Tensor]) -> PageBatch:
+        tokens, starts, lengths = (move(part) for part in (self.tokens_BT, self.starts_BM, self.lengths_BM))
+        return PageBatch(tokens, self.num_prefix, starts, lengths, self.num_questions, self.sizes)
+
+
+def _sizes(batch: PageBatch) -> PageSizes:
+    starts_BM, lengths_BM = batch.starts_BM.cpu(), batch.lengths_BM.cpu()
+    questions_BQ = lengths_BM[:, -batch.num_questions :]
+    return PageSizes(
+        num_tokens=batch.num_prefix * len(lengths_BM) + int(lengths_BM.sum()),
+        widest=int(lengths_BM.max()),
+        first=_common(lengths_BM[:, 0]),
+        text_end=_common(starts_BM[:, -batch.num_questions]),
+        longest_question=int(questions_BQ.max()),
+        question_rows=int(questions_BQ.sum(1).max()),
+    )
+
+
+def _common(values_B: Tensor) -> int | None:
+    values = set(values_B.tolist())
+    return values.pop() if len(values) == 1 else None
 
 
 def page_batch(

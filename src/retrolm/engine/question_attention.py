@@ -1,59 +1,130 @@
 """Several questions on one text in one dense pass: each follows the text as if the others were not there.
 
 Reading a text costs a thousand times what a question costs, so training asks many questions of each.
-Shape letters: B sequences, T tokens, R question tokens of a sequence, Q questions, H query heads, D head dim.
+Shape letters: B sequences, T tokens, R question tokens of a sequence, Q questions, L tokens of the longest, H query
+heads, K KV heads, D head dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.attention_lse import attend_lse, gives_lse
 from .page_batch import PageBatch
-
-MaskedAttention = Callable[[Tensor, Tensor], Tensor]
 
 
 class SeparateQuestions:
-    """Positions and masks of a batch with several questions per text.
+    """Positions and attention of a batch with several questions per text.
 
     Attributes:
         positions_BT: true positions; every question begins where the text ends.
     """
 
     def __init__(self, batch: PageBatch) -> None:
-        starts_BQ, lengths_BQ = (x[:, -batch.num_questions :] for x in (batch.starts_BM, batch.lengths_BM))
-        end_B1 = starts_BQ[:, :1]
-        T, device = batch.tokens_BT.shape[1], starts_BQ.device
-        offsets = torch.arange(int(lengths_BQ.sum(1).max()), device=device)
-        rows_BR = (end_B1 + offsets).clamp(max=T - 1)
-        begun_BRQ = (rows_BR[..., None] >= starts_BQ[:, None]) & (lengths_BQ[:, None] > 0)
-        own_start_BR = starts_BQ.gather(1, begun_BRQ.sum(2) - 1)
-        columns = torch.arange(T, device=device)
-        self.positions_BT = columns.expand(len(rows_BR), -1).clone().clamp(max=int(end_B1.max()))
-        real_BR = offsets < lengths_BQ.sum(1, keepdim=True)
-        self._place = real_BR.nonzero(as_tuple=True)
-        sequence = self._place[0]
-        token = rows_BR[self._place]
-        self.positions_BT[sequence, token] = (end_B1 + rows_BR - own_start_BR)[self._place]
-        is_text_B1T = columns < end_B1[:, None]
-        is_own_BRT = (columns >= own_start_BR[..., None]) & (columns <= rows_BR[..., None])
-        self._allowed_BRT = is_text_B1T | is_own_BRT
-        self._rows_BR, self._token = rows_BR, token
+        self._batch = batch
+        self._starts_BQ, self._lengths_BQ = (x[:, -batch.num_questions :] for x in (batch.starts_BM, batch.lengths_BM))
+        self._end_B1 = self._starts_BQ[:, :1]
+        columns = torch.arange(batch.tokens_BT.shape[1], device=self._end_B1.device)
+        self._number_BT = self._numbers(columns.expand(len(self._end_B1), -1))
+        self._own_start_BT = self._starts_BQ.gather(1, self._number_BT)
+        asked_BT = self._end_B1 + columns - self._own_start_BT
+        self.positions_BT = torch.where(columns < self._end_B1, columns, asked_BT)
 
-    def attend(self, q_BHTD: Tensor, out_BHTD: Tensor, window: int | None, attention: MaskedAttention) -> None:
-        """Overwrite the questions' rows of `out`.
-
-        Args:
-            attention: called with queries [B, H, R, D] and a mask bool [B, 1, R, T], True where a query may look.
-        """
-        sequences = torch.arange(len(q_BHTD), device=q_BHTD.device)[:, None]
-        q_BHRD = q_BHTD.transpose(1, 2)[sequences, self._rows_BR].transpose(1, 2)
-        allowed = self._allowed_BRT
+    def attend(
+        self,
+        q_BHTD: Tensor,
+        k_BKTD: Tensor,
+        v_BKTD: Tensor,
+        out_BHTD: Tensor,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
+    ) -> None:
+        """Overwrite the questions' rows of `out`; what it says in rows of padding is of no account."""
+        end = self._batch.sizes.text_end
+        if end is not None and softcap is None and window is None and gives_lse(q_BHTD):
+            out_BHTD[:, :, end:] = self._joined(q_BHTD[:, :, end:], k_BKTD, v_BKTD, end, scale)
+            return
+        rows_BR, place, allowed_BRT = self._masked
+        q_BHRD = q_BHTD.transpose(1, 2)[self._sequences, rows_BR].transpose(1, 2)
         if window is not None:
-            distance_BRT = self.positions_BT[sequences, self._rows_BR][..., None] - self.positions_BT[:, None]
-            allowed = allowed & (distance_BRT < window)
-        found = attention(q_BHRD, allowed[:, None]).transpose(1, 2)
-        out_BHTD.transpose(1, 2)[self._place[0], self._token] = found[self._place]
+            distance_BRT = self.positions_BT[self._sequences, rows_BR][..., None] - self.positions_BT[:, None]
+            allowed_BRT = allowed_BRT & (distance_BRT < window)
+        found = _masked_attention(q_BHRD, k_BKTD, v_BKTD, scale, softcap, allowed_BRT[:, None]).transpose(1, 2)
+        out_BHTD.transpose(1, 2)[place[0], rows_BR[place]] = found[place]
+
+    def _joined(self, q_BHRD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, end: int, scale: float) -> Tensor:
+        """Attention to the text and to the own question, each without a mask, joined by how much falls on either."""
+        text, text_lse = attend_lse(q_BHRD, k_BKTD[:, :, :end], v_BKTD[:, :, :end], scale, causal=False)
+        q, k, v = (self._apart(x) for x in (q_BHRD, k_BKTD[:, :, end:], v_BKTD[:, :, end:]))
+        own, own_lse = (self._in_line(x) for x in attend_lse(q, k, v, scale, causal=True))
+        share = torch.sigmoid(own_lse - text_lse)[..., None]
+        return torch.lerp(text.to(share.dtype), own.to(share.dtype), share).to(q_BHRD.dtype)
+
+    def _apart(self, rows_BHRD: Tensor) -> Tensor:
+        """Each question as a sequence of its own, padded at the right: [B * Q, H, L, D]."""
+        apart = rows_BHRD.transpose(1, 2)[self._sequences, self._places].unflatten(1, self._shape)
+        return apart.flatten(0, 1).transpose(1, 2)
+
+    def _in_line(self, rows: Tensor) -> Tensor:
+        """Undo `_apart` for [B * Q, H, L, …]: [B, H, R, …]."""
+        together = rows.transpose(1, 2).unflatten(0, (-1, self._shape[0])).flatten(1, 2)
+        return together[self._sequences, self._slots].transpose(1, 2)
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self._batch.num_questions, self._batch.sizes.longest_question
+
+    @cached_property
+    def _sequences(self) -> Tensor:
+        return torch.arange(len(self._end_B1), device=self._end_B1.device)[:, None]
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """Which question row stands at each place of the padded questions, int64 [B, Q * L]."""
+        inside = torch.arange(self._shape[1], device=self._end_B1.device)
+        num_rows = self._batch.tokens_BT.shape[1] - (self._batch.sizes.text_end or 0)
+        places_BQL = (self._starts_BQ - self._end_B1)[..., None] + inside
+        return places_BQL.clamp(0, num_rows - 1).flatten(1)
+
+    @cached_property
+    def _slots(self) -> Tensor:
+        """The place of each question row among the padded questions, int64 [B, R]."""
+        Q, L = self._shape
+        end = self._batch.sizes.text_end or 0
+        rows = torch.arange(end, self._batch.tokens_BT.shape[1], device=self._end_B1.device)
+        return (self._number_BT[:, end:] * L + rows - self._own_start_BT[:, end:]).clamp(max=Q * L - 1)
+
+    @cached_property
+    def _masked(self) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        """Question rows [B, R], which of them are no padding, and what each may see, bool [B, R, T]."""
+        T = self._batch.tokens_BT.shape[1]
+        offsets = torch.arange(self._batch.sizes.question_rows, device=self._end_B1.device)
+        rows_BR = (self._end_B1 + offsets).clamp(max=T - 1)
+        real_BR = offsets < self._lengths_BQ.sum(1, keepdim=True)
+        columns = torch.arange(T, device=offsets.device)
+        own_start_BR1 = self._own_start_BT.gather(1, rows_BR)[..., None]
+        own_BRT = (columns >= own_start_BR1) & (columns <= rows_BR[..., None])
+        return rows_BR, real_BR.nonzero(as_tuple=True), (columns < self._end_B1[..., None]) | own_BRT
+
+    def _numbers(self, columns_BT: Tensor) -> Tensor:
+        """The question that each column belongs to; 0 in the text, the last one behind all questions."""
+        begun_BTQ = (columns_BT[..., None] >= self._starts_BQ[:, None]) & (self._lengths_BQ[:, None] > 0)
+        return (begun_BTQ.sum(2) - 1).clamp(min=0)
+
+
+def _masked_attention(
+    q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float, softcap: float | None, allowed: Tensor
+) -> Tensor:
+    # Kernels that take a mask know no groups: with `enable_gqa` PyTorch would fall back to its slowest one.
+    group = q_BHTD.shape[1] // k_BKTD.shape[1]
+    k, v = (x.repeat_interleave(group, 1) for x in (k_BKTD, v_BKTD))
+    if softcap is None:
+        return F.scaled_dot_product_attention(q_BHTD, k, v, attn_mask=allowed, scale=scale)
+    scores = softcap * torch.tanh(q_BHTD.float() @ k.float().transpose(2, 3) * scale / softcap)
+    weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+    return (weights @ v.float()).to(q_BHTD.dtype)

@@ -5,16 +5,31 @@ Shape letters: N pages, Q query tokens, T key tokens, H query heads, K KV heads,
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 # What `scaled_dot_product_attention` runs on a CPU; called by its own name because it also returns the log-sum-exp.
-_CPU_KERNEL: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-_SPLIT_DTYPES = (torch.float32, torch.float64)
+CPU_KERNEL: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+SPLIT_DTYPES = (torch.float32, torch.float64)
+
+
+def shapes_may_vary(device: torch.device) -> AbstractContextManager[None]:
+    """A block whose attention takes no kernel that is built anew for every shape.
+
+    On newer GPUs PyTorch prefers cuDNN, which plans each new length for a tenth of a second or more: worth it where
+    shapes repeat, but batches of training hardly ever have the same.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    block: AbstractContextManager[None] = sdpa_kernel(kernels)
+    return block
 
 
 def attend_reference(
@@ -107,7 +122,7 @@ def bias_from(allowed_NQT: Tensor, dtype: torch.dtype) -> Tensor:
 
 def causal_needs_no_mask(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `attend(causal=True)` works without building a mask there."""
-    return device.type == "cuda" or (_CPU_KERNEL is not None and dtype in _SPLIT_DTYPES)
+    return device.type == "cuda" or (CPU_KERNEL is not None and dtype in SPLIT_DTYPES)
 
 
 def head_major(like_NTHD: Tensor) -> Tensor:
@@ -131,7 +146,7 @@ def _attend_causal(q_NQHD: Tensor, k_NTKD: Tensor, v_NTKD: Tensor, scale: float)
 def _splits(*parts: Tensor) -> bool:
     """Whether own and earlier keys can be attended apart: the kernel gives no gradient for what joins them."""
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in parts)
-    return _CPU_KERNEL is not None and not parts[0].is_cuda and parts[0].dtype in _SPLIT_DTYPES and not wants_grad
+    return CPU_KERNEL is not None and not parts[0].is_cuda and parts[0].dtype in SPLIT_DTYPES and not wants_grad
 
 
 def _attend_split(q_NQHD: Tensor, k_NTKD: Tensor, v_NTKD: Tensor, scale: float, out: Tensor) -> Tensor:
@@ -142,11 +157,11 @@ def _attend_split(q_NQHD: Tensor, k_NTKD: Tensor, v_NTKD: Tensor, scale: float, 
     Q, K = q_NQHD.shape[1], k_NTKD.shape[2]
     num_before = k_NTKD.shape[1] - Q
     q, k, v = (x.transpose(1, 2) for x in (q_NQHD, k_NTKD, v_NTKD))
-    own, own_lse = _CPU_KERNEL(q, k[:, :, num_before:], v[:, :, num_before:], 0.0, True, scale=scale)
+    own, own_lse = CPU_KERNEL(q, k[:, :, num_before:], v[:, :, num_before:], 0.0, True, scale=scale)
     if num_before == 0:
         return out.copy_(own.transpose(1, 2))
     grouped = q.unflatten(1, (K, -1)).flatten(2, 3)
-    before, lse = _CPU_KERNEL(grouped, k[:, :, :num_before], v[:, :, :num_before], 0.0, False, scale=scale)
+    before, lse = CPU_KERNEL(grouped, k[:, :, :num_before], v[:, :, :num_before], 0.0, False, scale=scale)
     before, lse = before.unflatten(2, (-1, Q)), lse.unflatten(2, (-1, Q))
     own, own_lse = own.unflatten(1, (K, -1)), own_lse.unflatten(1, (K, -1))
     share = torch.sigmoid(own_lse - lse)[..., None]
