@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from retrolm.methods.selection import choose_pages
+from retrolm.ops import launch
 from retrolm.ops.rotary import rotate
 from retrolm.store import PageLayout, PageStore, ResidentStore, TieredStore, gather
 
@@ -149,3 +151,55 @@ def test_pages_come_from_the_host_tier(cap_pages: int) -> None:
         if found is not None:
             close(found[0], expected[0])
             assert torch.equal(found[1], expected[1])
+
+
+# --- rotating -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dim", "rotary_dims"), [(64, 64), (96, 96), (128, 128), (128, 32), (12, 6)])
+def test_rotation_at_once(dim: int, rotary_dims: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries as slices of what the layer gives, angles shared or of their own, results in any layout."""
+    x = noise(2, 3, 37, dim, dtype=dtype).transpose(1, 2)[:, 1:]
+    cos, sin = angles(2, 36, rotary_dims, dtype)
+    expected = [rotate(x, cos[:num], sin[:num]) for num in (1, 2)]
+    monkeypatch.setattr(launch, "runs_on", lambda x: True)
+    for num in (1, 2):
+        out = torch.full((2, 3, 36, dim), torch.nan, dtype=dtype, device=DEVICE).transpose(1, 2)
+        close(rotate(x, cos[:num], sin[:num], out=out), expected[num - 1])
+        close(rotate(x, cos[:num], sin[:num]), expected[num - 1])
+    close(rotate(x[0], cos[0], sin[0]), expected[0][0])
+
+
+def test_gradients_go_the_long_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "runs_on", lambda x: True)
+    x = noise(1, 5, 2, 8, dtype=torch.float64).requires_grad_()
+    assert rotate(x, *angles(1, 5, 8, torch.float64)).requires_grad
+
+
+# --- choosing pages -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_sink", [1, 3])
+@pytest.mark.parametrize("num_local", [0, 1, 4])
+@pytest.mark.parametrize("has_pins", [False, True])
+@pytest.mark.parametrize("num_pages", [1, 9, 40, 1500])
+def test_the_same_pages_are_chosen(
+    num_pages: int, has_pins: bool, num_local: int, num_sink: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With many equal scores, both zeros among them, scores of minus infinity, and rows with little past and room."""
+    generator = torch.Generator().manual_seed(num_pages + num_local)
+    num_past = [min(past, num_pages) for past in (0, 1, 2, 5, 8, num_pages // 2, num_pages)]
+    room = [3, 0, 2, 7, 1, 6, 5]
+    scores = torch.randint(-3, 4, (len(room), num_pages), generator=generator).float() * 0.5
+    scores[:, ::7] = -torch.inf
+    scores[:, 3::5] = -0.0
+    scores[:, 4::5] = torch.randn(scores[:, 4::5].shape, generator=generator)
+    pins = torch.rand(num_pages, generator=generator) < 2 / num_pages if has_pins else None
+    given = (scores.to(DEVICE), num_past, room, num_sink, num_local, None if pins is None else pins.to(DEVICE))
+    expected = choose_pages(*given)
+    monkeypatch.setattr(launch, "runs_on", lambda x: True)
+    found = choose_pages(*given)
+    assert found.dtype == torch.int64 and torch.equal(found, expected)
+    there = (torch.tensor(num_past, device=DEVICE), torch.tensor(room, device=DEVICE))
+    assert torch.equal(choose_pages(*given, there=there), expected)

@@ -42,6 +42,7 @@ class PageChooser:
 
     def __init__(self, parts: PrefillParts) -> None:
         self._parts = parts
+        self._limits: dict[tuple[object, ...], tuple[list[int], list[int], tuple[Tensor, Tensor]]] = {}
 
     def choose(self, layer: int, group: PageGroup, on: GroupTensors, pages: PageTensors) -> PageSets:
         """Keep the digests of `pages`, and choose for them."""
@@ -59,8 +60,9 @@ class PageChooser:
         scores_nKP = self._scores(method, probes, self._parts.digests.read(layer, on.table_ids[:num_past]))
         picked = self._pick(layer, group, on, scores_nKP)
         self._prefetch(layer, on, picked)
-        scores = scores_nKP.sum(1) if self._parts.scores_pages(layer) else None
-        return PageSets(sizes, num_dense, picked, scores, scores_nKP.shape[1] > 1)
+        by_head = scores_nKP.shape[1] > 1
+        scores = scores_nKP.sum(1) if by_head else scores_nKP[:, 0]
+        return PageSets(sizes, num_dense, picked, scores if self._parts.scores_pages(layer) else None, by_head)
 
     def set_sizes(self, layer: int, group: PageGroup) -> list[int]:
         """How many pages each page of `group` attends before itself."""
@@ -93,13 +95,24 @@ class PageChooser:
     def _pick(self, layer: int, group: PageGroup, on: GroupTensors, scores_nKP: Tensor) -> Tensor:
         config, (_, heads, num_past) = self._parts.config, scores_nKP.shape
         pinned = None if on.pinned is None else on.pinned[:num_past]
-        past, room = ([x for x in found for _ in range(heads)] for found in (group.num_past, self._room(layer, group)))
+        past, room, there = self._limits_of(layer, group, heads, scores_nKP.device)
         num_sink, num_local = group.table.num_sink, config.num_local_pages
-        return choose_pages(scores_nKP.flatten(0, 1), past, room, num_sink, num_local, pinned)
+        return choose_pages(scores_nKP.flatten(0, 1), past, room, num_sink, num_local, pinned, there)
+
+    def _limits_of(
+        self, layer: int, group: PageGroup, heads: int, device: torch.device
+    ) -> tuple[list[int], list[int], tuple[Tensor, Tensor]]:
+        """Pages before each page and room for them, once per set, on the host and on the device; the same in layers."""
+        key = (id(group), heads, self._parts.attends_all(layer), device)
+        if key not in self._limits:
+            past, room = ([x for x in xs for _ in range(heads)] for xs in (group.num_past, self._room(layer, group)))
+            there = [torch.tensor(x).to(device, non_blocking=True) for x in (past, room)]
+            self._limits[key] = (past, room, (there[0], there[1]))
+        return self._limits[key]
 
     def _prefetch(self, layer: int, on: GroupTensors, picked_nS: Tensor) -> None:
         """The next layer often wants the same pages."""
-        if layer + 1 < self._parts.backbone.num_layers:
+        if layer + 1 < self._parts.backbone.num_layers and self._parts.store.can_prefetch(layer + 1):
             self._parts.store.prefetch(layer + 1, on.table_ids[picked_nS[-1].clamp(min=0)])
 
     def _shifted(self, layer: int, group: PageGroup, probes_nF: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops import launch
+
 
 def choose_pages(
     scores_NP: Tensor,
@@ -13,6 +15,7 @@ def choose_pages(
     num_sink: int,
     num_local: int,
     pinned_P: Tensor | None = None,
+    there: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Choose, for each page, its sinks, its `num_local` most recent past pages and the best-scored others.
 
@@ -22,12 +25,20 @@ def choose_pages(
         room: pages besides the sinks that each page may choose. Local pages count and never exceed it.
         num_sink: leading pages that are always chosen.
         pinned_P: further pages that are always chosen, before local ones, bool [P]; they count as `room`.
+        there: `num_past` and `room` on the device of the scores, int64 [N], where the caller has them.
 
     Returns:
         Page indices, int64 [N, S], ascending, empty places -1 at the left. S is the largest set of any page.
     """
     device, P = scores_NP.device, scores_NP.shape[1]
-    num_past_N, room_N = (torch.tensor(x).to(device, non_blocking=True) for x in (num_past, room))
+    num_past_N, room_N = there or (torch.tensor(x).to(device, non_blocking=True) for x in (num_past, room))
+    width = max(0, *(min(past - num_sink, free) for past, free in zip(num_past, room, strict=True)))
+    num_sinks = min(num_sink, max(num_past))
+    if scores_NP.dtype == torch.float32 and scores_NP.stride(1) == 1 and launch.runs_on(scores_NP):
+        from ..ops.choose_kernel import choose
+
+        chosen: Tensor = choose(scores_NP, num_past_N, room_N, width, num_sink, num_sinks, num_local, pinned_P)
+        return chosen
     index_P = torch.arange(P, device=device)
     past_NP = index_P < num_past_N[:, None]
     local_NP = index_P >= (num_past_N - num_local)[:, None]
@@ -35,12 +46,10 @@ def choose_pages(
     if pinned_P is not None:
         rank_NP = rank_NP.masked_fill(pinned_P, torch.inf)
     rank_NP = rank_NP.masked_fill(~past_NP | (index_P < num_sink), -torch.inf)
-    width = max(min(past - num_sink, free) for past, free in zip(num_past, room, strict=True))
-    best = _best_first(rank_NP)[:, : max(width, 0)]
+    best = _best_first(rank_NP)[:, :width]
     usable = rank_NP.gather(1, best) > -torch.inf
     usable &= torch.arange(best.shape[1], device=device) < room_N[:, None]
     best = best.masked_fill(~usable, -1)
-    num_sinks = min(num_sink, max(num_past))
     sinks = index_P[:num_sinks].expand(len(num_past), -1)
     sinks = sinks.masked_fill(sinks >= num_past_N[:, None], -1)
     return torch.cat([sinks, best], 1).sort(1).values

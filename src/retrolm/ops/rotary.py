@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import launch
+
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
     """Rotate the first `cos.shape[-1]` dims of `x` in the half-split convention; further dims pass through.
@@ -20,6 +22,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Te
     """
     rotary_dims = cos.shape[-1]
     half = rotary_dims // 2
+    if _at_once(x, cos, out):
+        from .rotary_kernel import rotate as rotate_at_once
+
+        rotated: Tensor = rotate_at_once(x, cos, sin, torch.empty_like(x) if out is None else out)
+        return rotated
     cos, sin = cos[..., :half].to(x.dtype), sin[..., :half].to(x.dtype)
     first, second = x[..., :half], x[..., half:rotary_dims]
     if x.requires_grad:
@@ -32,6 +39,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Te
     if rotary_dims < x.shape[-1]:
         out[..., rotary_dims:] = x[..., rotary_dims:]
     return out
+
+
+def _at_once(x: Tensor, cos: Tensor, out: Tensor | None) -> bool:
+    """Whether one kernel can do it."""
+    fits = 1 < x.dim() <= 4 and all(part.stride(-1) == 1 for part in (x, cos, x if out is None else out))
+    return fits and not x.requires_grad and x.numel() > 0 and launch.runs_on(x)
 
 
 def unscaled(x: Tensor, scaling: float, rotary_dims: int) -> Tensor:

@@ -181,6 +181,10 @@ class PageStore(ABC):
     def _read(self, layer: int, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return the two halves of stored pages, [N, *stored_shape] each, on the layer's device."""
 
+    def can_prefetch(self, layer: int) -> bool:
+        """Whether `prefetch` has anything to do, so that callers need not work out what they want."""
+        return True
+
     @abstractmethod
     def prefetch(self, layer: int, ids: Tensor) -> None:
         """Start moving pages towards the device; a hint that never changes results."""

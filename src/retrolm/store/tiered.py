@@ -81,6 +81,9 @@ class TieredStore(PageStore):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         return self._cache[layer].locate(picked_nS, ids_P, own_nO, self._host[layer])
 
+    def can_prefetch(self, layer: int) -> bool:
+        return self._cache[layer].can_prefetch
+
     def prefetch(self, layer: int, ids: Tensor) -> None:
         self._cache[layer].prefetch(ids, self._host[layer])
 
@@ -140,6 +143,11 @@ class LayerCache:
     def _holds_all(self) -> bool:
         return len(self._page_in) == len(self._slot_of)
 
+    @property
+    def can_prefetch(self) -> bool:
+        """Whether there is a stream for it, and pages that are not here."""
+        return self._stream is not None and not self._holds_all
+
     def insert(self, ids: Tensor, keys: Tensor, values: Tensor) -> None:
         """Take over pages that were just written (`ids` on the host); what doesn't fit is dropped from the cache."""
         self._wait_for_prefetch()
@@ -194,7 +202,7 @@ class LayerCache:
 
     def prefetch(self, ids: Tensor, host: HostPages) -> None:
         """Load pages on a stream of its own; only the next use of this layer waits for it."""
-        if self._stream is None or self._holds_all:
+        if self._stream is None or not self.can_prefetch:
             return
         unique = ids.to(_CPU).unique()[: len(self._page_in) // 2]
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
