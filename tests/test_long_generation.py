@@ -42,7 +42,7 @@ def test_every_question_of_the_register_has_its_card() -> None:
     task, sample = register()
     assert 0.9 * 4000 < sample.extra["num_tokens"] + task.max_new_tokens <= 4000
     cards = [sample.context[start:end] for start, end in sample.gold_spans]
-    for number, (card, key) in enumerate(zip(cards, sample.answers, strict=True), 1):
+    for number, (card, key) in enumerate(zip(cards, sample.answers, strict=True), 3):
         assert f"{number}. What is the locker number of {card.partition(' is a ')[0]}?" in sample.context
         assert card.endswith(f"is {key}.")
 
@@ -50,11 +50,11 @@ def test_every_question_of_the_register_has_its_card() -> None:
 def test_an_answer_counts_only_on_its_own_line() -> None:
     task, sample = register()
     one, two, three = sample.answers
-    full = f" A has {one}.\nAnswer 2: B has {two}.\n\nAnswer 3: {three}."
+    full = f" A has {one}.\nAnswer 4: B has {two}.\n\nAnswer 5: {three}."
     assert task.score(full, sample) == 1.0 and task.extra_scores(full, sample) == {"answered": 1.0}
-    assert task.score(f" {two}\nAnswer 2: {one}\nAnswer 2: {two}", sample) == 0.0
-    assert task.score(f" 1{one}\nAnswer 3: {three}", sample) == pytest.approx(1 / 3)
-    assert task.extra_scores("", sample) == {"answered": pytest.approx(1 / 3)}  # "Answer 1:" is given
+    assert task.score(f" {two}\nAnswer 4: {one}\nAnswer 4: {two}", sample) == 0.0
+    assert task.score(f" 1{one}\nAnswer 5: {three}", sample) == pytest.approx(1 / 3)
+    assert task.extra_scores("", sample) == {"answered": pytest.approx(1 / 3)}  # "Answer 3:" is given
 
 
 @pytest.mark.parametrize("number", ["0", "many", -1])
@@ -176,7 +176,7 @@ def test_columns_tell_knobs_from_options() -> None:
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     folder = tmp_path_factory.mktemp("generation")
     model = save_tiny_model(folder / "tiny", max_position_embeddings=4096)
-    found = ["eval", "generation", "--model", model, "--out", folder / "out", "--length", 700, "--num-tokens", 20]
+    found = ["eval", "generation", "--model", model, "--out", folder / "out", "--length", 1000, "--num-tokens", 20]
     return [*found, "--task-option", "num_questions=2", "--page-size", 16, "--budget-share", 0.35]
 
 

@@ -1,7 +1,7 @@
 """Many numbered questions on one text, answered in one long output, as in LongGenBench (arXiv 2410.04199).
 
 A register of people is made up, with a numbered list of questions behind it; the answers repeat what stands on each
-card, so that a hundred of them take 2,000 tokens. No data is needed.
+card, so that 80 of them take 2,000 tokens. No data is needed.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ CARD = (
 )
 LIST = "\n\nThese are {count} questions about the register.\n\n"
 QUESTION = "{number}. What is the locker number of {name}?"
-TASK = (
-    "\n\nAnswer all {count} questions in order, one line for each, with trade, town and locker number as they stand on "
-    "the card. Write each line like this:\nAnswer 1: Ann Example, a cooper from Exampleton, has the locker number 1234."
-)
-PREFIX = "Answer 1:"
+TASK = "\n\nAnswer all {count} questions in order, one line for each, with what stands on the card."
+ANSWER = "Answer {number}: {name}, a {trade} from {city}, has the locker number {key}.\n"
+MOST = 5000  # questions
+NUM_GIVEN = 2  # answers that open the output, so that small models go on likewise
+OPENING = "Answer {number}:"
 _ANSWER = re.compile(r"Answer\s+(\d+)\s*:")
 
 
 class RegisterGenerator(Generator):
-    """A register of `size` cards, `num_questions` of which are asked for in an order of their own."""
+    """A register of `size` cards, some of which are asked for in an order of their own; the first answers are given."""
 
     fit_each = True
 
@@ -45,7 +45,7 @@ class RegisterGenerator(Generator):
 
     def smallest(self, index: int) -> int:
         """See `Generator`: a card for each question."""
-        return self._num_questions
+        return self._num_questions + NUM_GIVEN
 
     def largest(self, index: int) -> int:
         """See `Generator`: numbers of four digits."""
@@ -57,26 +57,31 @@ class RegisterGenerator(Generator):
 
     def draft(self, size: int, index: int, rng: random.Random) -> Draft:
         """See `Generator`."""
-        names, keys = distinct(rng, "person", size), [str(key) for key in rng.sample(range(1000, 10000), size)]
-        cards = [_card(name, key, rng) for name, key in zip(names, keys, strict=True)]
-        asked = rng.sample(range(size), self._num_questions)
-        questions = [QUESTION.format(number=n, name=names[card]) for n, card in enumerate(asked, 1)]
-        head = HEAD.format(size=size) + "\n".join(cards) + LIST.format(count=len(asked))
-        context = head + "\n".join(questions)
-        return Draft(
-            context,
-            TASK.format(count=len(asked)),
-            PREFIX,
-            [keys[card] for card in asked],
-            find_spans(context, [cards[card] for card in asked]),
-        )
+        people = _people(size, rng)
+        asked = [people[card] for card in rng.sample(range(size), self._num_questions + NUM_GIVEN)]
+        questions = [QUESTION.format(number=number, **person) for number, person in enumerate(asked, 1)]
+        register = HEAD.format(size=size) + "\n".join(CARD.format(**person) for person in people)
+        context = register + LIST.format(count=len(asked)) + "\n".join(questions)
+        given = [ANSWER.format(number=number, **person) for number, person in enumerate(asked[:NUM_GIVEN], 1)]
+        prefix, left = "".join(given) + OPENING.format(number=NUM_GIVEN + 1), asked[NUM_GIVEN:]
+        spans = find_spans(context, [CARD.format(**person) for person in left])
+        return Draft(context, TASK.format(count=len(asked)), prefix, [person["key"] for person in left], spans)
 
 
-def _card(name: str, key: str, rng: random.Random) -> str:
-    trade, city = rng.choice(TRADES), rng.choice(CITIES)
-    return CARD.format(
-        name=name, trade=trade, city=city, year=rng.randint(1840, 1990), rent=rng.randint(11, 99), key=key
-    )
+def _people(count: int, rng: random.Random) -> list[dict[str, str]]:
+    """What stands on each card."""
+    names, keys = distinct(rng, "person", count), rng.sample(range(1000, 10000), count)
+    return [
+        {
+            "name": name,
+            "key": str(key),
+            "trade": rng.choice(TRADES),
+            "city": rng.choice(CITIES),
+            "year": str(rng.randint(1840, 1990)),
+            "rent": str(rng.randint(11, 99)),
+        }
+        for name, key in zip(names, keys, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -84,15 +89,15 @@ class RegisterTask(GeneratedTask):
     """The register; `length` counts prompt and answer.
 
     Attributes:
-        num_questions: questions of a sample; about 21 tokens of answer each.
+        num_questions: questions left to answer; about 25 tokens of answer each.
     """
 
-    num_questions: int = 100
+    num_questions: int = 90
     options: ClassVar[tuple[str, ...]] = ("num_questions",)
 
     def __post_init__(self) -> None:
-        if not str(self.num_questions).isdecimal() or not 1 <= int(self.num_questions) <= 5000:
-            raise UserError(f"num_questions must be a whole number from 1 to 5000, got {self.num_questions!r}.")
+        if not str(self.num_questions).isdecimal() or not 1 <= int(self.num_questions) <= MOST:
+            raise UserError(f"num_questions must be a whole number from 1 to {MOST}, got {self.num_questions!r}.")
         object.__setattr__(self, "num_questions", int(self.num_questions))
 
     def generator(self, tokenizer: Tokenizer, length: int | None, seed: int, data_dir: Path | str | None) -> Generator:
@@ -102,18 +107,18 @@ class RegisterTask(GeneratedTask):
     def score(self, prediction: str, sample: EvalSample) -> float:
         """Share of the questions whose own line has the right number."""
         found = answer_lines(prediction)
-        right = [_has(found.get(n, ""), answer) for n, answer in enumerate(sample.answers, 1)]
+        right = [_has(found.get(n, ""), answer) for n, answer in enumerate(sample.answers, NUM_GIVEN + 1)]
         return sum(right) / len(right)
 
     def extra_scores(self, prediction: str, sample: EvalSample) -> dict[str, float]:
         """Share of the questions that have a line at all."""
-        found = answer_lines(prediction)
-        return {"answered": sum(n in found for n in range(1, len(sample.answers) + 1)) / len(sample.answers)}
+        found, count = answer_lines(prediction), len(sample.answers)
+        return {"answered": sum(n in found for n in range(NUM_GIVEN + 1, NUM_GIVEN + 1 + count)) / count}
 
 
 def answer_lines(prediction: str) -> dict[int, str]:
-    """What stands behind each "Answer n:", of several with the same number the first; `PREFIX` was given."""
-    parts = _ANSWER.split(PREFIX + prediction)[1:]
+    """What stands behind each "Answer n:", of several with the same number the first; the first `OPENING` was given."""
+    parts = _ANSWER.split(OPENING.format(number=NUM_GIVEN + 1) + prediction)[1:]
     found: dict[int, str] = {}
     for number, text in zip(parts[::2], parts[1::2], strict=True):
         found.setdefault(int(number), text)
