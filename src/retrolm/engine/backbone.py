@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from ..retriever import ProjectionShape
-from .placement import device_of, weight_of
+from .placement import device_of, sent, weight_of
 from .rope_table import RopeTable
 
 FAMILIES = ("gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
@@ -37,6 +37,11 @@ class LayerInfo:
     layer_type: str | None
     device: torch.device
     key_bias: Tensor | None
+
+    @property
+    def rotates_projections(self) -> bool:
+        """Whether queries and keys are what `q_proj` and `k_proj` make, turned by RoPE and no more."""
+        return self.projections == _SEPARATE and not hasattr(self.attention, "q_norm")
 
 
 class Backbone:
@@ -110,7 +115,7 @@ class Backbone:
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embed token ids [...] → [..., hidden], as the model's own forward does."""
-        rows: Tensor = self.model.get_input_embeddings()(ids.to(self.device))
+        rows: Tensor = self.model.get_input_embeddings()(sent(ids, self.device))
         return rows
 
     def projection_shapes(self) -> list[ProjectionShape]:

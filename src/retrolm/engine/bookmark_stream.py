@@ -1,11 +1,13 @@
 """The bookmark stream: one token per page through the stock layers, over captured keys and values (spec E, stage 1).
 
 Since bookmarks are invisible to normal tokens, this small pass is all that training differentiates.
-Shape letters: B sequences, M pages with the query pages last, Q query pages, P text pages, H, K heads, D head dim.
+Shape letters: L layers, B sequences, M pages with the query pages last, Q query pages, P text pages, H, K heads, D head
+dim.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -54,10 +56,16 @@ class BookmarkProgram:
         num_sink = _num_sink(batch) if config.bookmark_span == "sink_page" else 0
         self._sets = BookmarkSets(batch, num_sink, backbone.dtype)
         self._content: Tensor | None = None
+        self._projected: dict[str, Tensor] = {}
         self.num_bookmarks = batch.lengths_BM.shape[1]
         self.states = BookmarkStates()
 
     def project(self, layer: int, name: str, rows: Tensor, out: Tensor) -> Tensor | None:
+        changed = self._changed(layer, name, rows, out)
+        self._projected[name] = out if changed is None else changed
+        return changed
+
+    def _changed(self, layer: int, name: str, rows: Tensor, out: Tensor) -> Tensor | None:
         delta = None if self._retriever is None else self._retriever.delta(layer, name, rows).to(out.dtype)
         if name == "k_proj":
             content = self._backbone.content_keys(layer, rows, out)
@@ -66,6 +74,8 @@ class BookmarkProgram:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
         rope = self._backbone.rope(layer)
+        if rope.scaling == 1.0 and self._backbone.layers[layer].rotates_projections:
+            q, k = (self._before_rope(name, like) for name, like in (("q_proj", q), ("k_proj", k)))
         self._keep(rope, *(unscaled(x, rope.scaling, rope.rotary_dims).transpose(1, 2) for x in (q, k)))
         if layer == self._backbone.num_layers - 1:
             raise PassIsOver
@@ -74,6 +84,10 @@ class BookmarkProgram:
         marks = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
         keys, values = self._dense.keys[layer], self._dense.values[layer]
         return self._sets.attend(marks, keys, values, rope, scale, softcap).unflatten(0, shape)
+
+    def _before_rope(self, name: str, like_BHMD: Tensor) -> Tensor:
+        """The same numbers as the stock layer's, which were turned by nothing at position 0, with less to go back."""
+        return self._projected[name].unflatten(-1, (-1, like_BHMD.shape[-1])).transpose(1, 2)
 
     def _keep(self, rope: RopeTable, q_BMHD: Tensor, k_BMKD: Tensor) -> None:
         """Add a layer's queries and keys, as they are scored, to the states."""
@@ -138,8 +152,15 @@ def page_scores(states: BookmarkStates, layer: int, num_questions: int = 1) -> T
 
 def head_scores(states: BookmarkStates, layer: int, num_questions: int = 1) -> Tensor:
     """The part of each KV head in `page_scores`, float32 [K, B, Q, P]."""
-    q_BQHD = states.queries[layer][:, -num_questions:].float()
-    k_BPKD = states.keys[layer][:, :-num_questions].float()
-    H, D = q_BQHD.shape[2:]
-    q_BQKD = q_BQHD.unflatten(2, (k_BPKD.shape[2], -1)).sum(3)
-    return torch.einsum("bqkd,bpkd->kbqp", q_BQKD, k_BPKD) * (H * D) ** -0.5
+    return layer_scores(states, [layer], num_questions, by_head=True)[0]
+
+
+def layer_scores(states: BookmarkStates, layers: Sequence[int], num_questions: int, by_head: bool) -> Tensor:
+    """`page_scores` of several layers, by KV head or (K = 1) summed over them, float32 [L, K, B, Q, P]."""
+    queries = torch.stack([states.queries[layer][:, -num_questions:] for layer in layers]).float()
+    k_LBPKD = torch.stack([states.keys[layer][:, :-num_questions] for layer in layers]).float()
+    H, D = queries.shape[3:]
+    q_LBQKD = queries.unflatten(3, (k_LBPKD.shape[3], -1)).sum(4)
+    if not by_head:
+        return torch.einsum("lbqkd,lbpkd->lbqp", q_LBQKD, k_LBPKD)[:, None] * (H * D) ** -0.5
+    return torch.einsum("lbqkd,lbpkd->lkbqp", q_LBQKD, k_LBPKD) * (H * D) ** -0.5

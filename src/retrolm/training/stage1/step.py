@@ -1,4 +1,8 @@
-"""Forward pass of one training step: frozen dense pass, bookmark stream, one loss per layer."""
+"""Forward pass of one training step: frozen dense pass, bookmark stream, the losses of all layers together.
+
+Shape letters: L layers with a loss, K KV heads that choose by themselves (or 1), B sequences, N questions, P text
+pages.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...engine.bookmark_stream import BookmarkStates, bookmark_stream, head_scores
+from ...engine.bookmark_stream import bookmark_stream, layer_scores
 from ...engine.dense_pass import dense_pass
 from ...engine.model import RetroLM
 from ...engine.page_attention import PageAttention
@@ -51,59 +55,65 @@ class Stage1Step(nn.Module):
         object.__setattr__(self, "_lm", lm)
 
     def forward(self, batch: Stage1Batch) -> StepResult:
+        scores_LKNP, shares_LBP = self.scores(batch)
+        known = scores_LKNP.detach()
+        there_NP = (batch.pages.text_lengths > 0)[batch.sequence_N]
+        return StepResult(
+            self._loss(scores_LKNP, shares_LBP, batch), _spread(known, there_NP).mean((1, 2)), self._hits(known, batch)
+        )
+
+    def scores(self, batch: Stage1Batch) -> tuple[Tensor, Tensor | None]:
+        """Page scores of every question in the layers with a loss, [L, K, N, P], K = 1 where heads choose together.
+
+        Also the text pages' shares of the first questions' true attention, [L, B, P], where the loss needs them.
+        """
         lm: RetroLM = self._lm  # type: ignore[assignment]
         attention = None
         if self._train_config.loss != "info_nce":
             attention = PageAttention(lm.backbone, batch.pages, self.layers)
         dense = dense_pass(lm.backbone, lm.attachment, batch.pages, attention)
-        states = bookmark_stream(
-            lm.backbone, lm.attachment, self.retriever, self.retriever.embedding, batch.pages, dense, lm.config
-        )
-        raw = [self._scores(states, layer, batch) for layer in self.layers]
-        losses = [self._loss(index, scores, batch, attention) for index, heads in enumerate(raw) for scores in heads]
-        known = [heads.detach() for heads in raw]
-        there = (batch.pages.text_lengths > 0)[batch.sequence_N]
-        return StepResult(
-            torch.stack(losses).mean(),
-            torch.stack([torch.stack([_spread(scores, there) for scores in heads]).mean() for heads in known]),
-            torch.stack([self._hits(heads, batch) for heads in known]),
-        )
+        bookmark = self.retriever.embedding
+        states = bookmark_stream(lm.backbone, lm.attachment, self.retriever, bookmark, batch.pages, dense, lm.config)
+        heads_LKBQP = layer_scores(states, self.layers, batch.pages.num_questions, self._by_head)
+        shares = None if attention is None else torch.stack([attention.shares(layer) for layer in self.layers])
+        return heads_LKBQP[:, :, batch.sequence_N, batch.query_N], shares
 
-    def _scores(self, states: BookmarkStates, layer: int, batch: Stage1Batch) -> Tensor:
-        """Page scores of every question: [1, N, P], or one set per KV head [K, N, P]."""
-        places = batch.sequence_N, batch.query_N
-        heads_KBQP = head_scores(states, layer, batch.pages.num_questions)
-        if self._train_config.select_by == "layer":
-            heads_KBQP = heads_KBQP.sum(0, keepdim=True)
-        return heads_KBQP[:, *places]
+    @property
+    def _by_head(self) -> bool:
+        return self._train_config.select_by == "kv_head"
 
-    def _hits(self, heads_KNP: Tensor, batch: Stage1Batch) -> Tensor:
-        """Whether the best free pages hold the evidence, [N]; a share where KV heads choose by themselves."""
+    def _hits(self, scores_LKNP: Tensor, batch: Stage1Batch) -> Tensor:
+        """Whether the best free pages hold the evidence, [L, N]; a share where KV heads choose by themselves."""
         train = self._train_config
-        free = free_pages(batch.pages, train.num_local_pages)[batch.sequence_N]
-        hits = [layer_hits(scores, batch.positive_NP, free, train.recall_pages) for scores in heads_KNP]
-        return torch.stack(hits).mean(0)
+        free_NP = free_pages(batch.pages, train.num_local_pages)[batch.sequence_N]
+        gold, free = (x.expand_as(scores_LKNP).flatten(0, 2) for x in (batch.positive_NP, free_NP))
+        hits = layer_hits(scores_LKNP.flatten(0, 2), gold, free, train.recall_pages)
+        return hits.view(scores_LKNP.shape[:3]).mean(1)
 
     @torch.no_grad()
     def calibrate(self, spreads_L: Tensor) -> None:
         """Scale every layer so that its scores, now spread by `spreads_L`, have a standard deviation of 1."""
         self.log_scales.copy_(-spreads_L.clamp(min=1e-6).log())
 
-    def _loss(self, index: int, raw_NP: Tensor, batch: Stage1Batch, attention: PageAttention | None) -> Tensor:
-        scores_NP = raw_NP * self.log_scales[index].exp()
-        kind, share = self._train_config.loss, self._train_config.kl_share
-        contrast = (info_nce(scores_NP, batch.positive_NP, batch.negative_NP) * batch.share_N).sum()
-        if attention is None:
+    def _loss(self, raw_LKNP: Tensor, shares_LBP: Tensor | None, batch: Stage1Batch) -> Tensor:
+        """Mean over layers and, within each, over texts."""
+        scores = raw_LKNP * self.log_scales.exp()[:, None, None, None]
+        contrast = (info_nce(scores, batch.positive_NP, batch.negative_NP) * batch.share_N).sum(-1).mean()
+        if shares_LBP is None:
             return contrast
-        first_N = batch.query_N == 0  # true attention is known of each text's own question
+        share = self._train_config.kl_share
+        divergence = self._divergence(scores, shares_LBP, batch)
+        return divergence if self._train_config.loss == "attention_kl" else (1 - share) * contrast + share * divergence
+
+    def _divergence(self, scores_LKNP: Tensor, shares_LBP: Tensor, batch: Stage1Batch) -> Tensor:
+        """From true attention, which is known of each text's own question."""
         there_BP = batch.pages.text_lengths > 0
-        divergence = attention_kl(scores_NP[first_N], attention.shares(self.layers[index]), there_BP).mean()
-        return divergence if kind == "attention_kl" else (1 - share) * contrast + share * divergence
+        own = scores_LKNP[:, :, batch.query_N == 0]
+        return attention_kl(own, shares_LBP[:, None], there_BP).mean()
 
 
 def _spread(scores_NP: Tensor, there_NP: Tensor) -> Tensor:
-    """Standard deviation of the scores of a question, mean over questions."""
-    count = there_NP.sum(1, keepdim=True)
-    mean = (scores_NP * there_NP).sum(1, keepdim=True) / count
-    square = ((scores_NP - mean) ** 2 * there_NP).sum(1) / count[:, 0]
-    return square.sqrt().mean()
+    """Standard deviation of the scores of each question, [..., N]."""
+    count = there_NP.sum(-1)
+    mean = (scores_NP * there_NP).sum(-1, keepdim=True) / count[:, None]
+    return (((scores_NP - mean) ** 2 * there_NP).sum(-1) / count).sqrt()
