@@ -23,6 +23,13 @@ def device_of(module: nn.Module) -> torch.device:
     return first.device
 
 
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """`x` on `device`; the host doesn't wait until a GPU has come to read it."""
+    if device.type != "cuda" or x.is_cuda:
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
 def weight_of(module: nn.Module, name: str) -> Tensor:
     """The value of a module's own parameter `name`, on the device the module computes on."""
     value: Tensor = getattr(module, name).detach()
