@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from naive_prune import in_window, slow_forward
 from naive_reference import NaiveOptions, NaiveRetroLM
 
 Vectors = np.ndarray  # [tokens, heads, head dim]
 Seen = list[tuple[int, int]]  # (token, distance)
+MadeUp = list[tuple[int, np.ndarray, np.ndarray, float]]  # (place, key at its own angle, value, added to its logit)
 
 
 class Rule:
@@ -28,6 +30,10 @@ class Rule:
 
     def sees(self, layer: int, token: int, head: int) -> Seen:
         raise NotImplementedError
+
+    def made_up(self, layer: int, token: int, head: int) -> MadeUp:
+        """Tokens that stand for others."""
+        return []
 
     def saw(self, layer: int, token: int, head: int, weights: dict[int, float]) -> None:
         """Attention weights of one query."""
@@ -80,31 +86,36 @@ class NaiveTokens(NaiveRetroLM):
             else:
                 seen = self.rule.sees(layer, token, head)
             seen = [(j, apart) for j, apart in seen if window is None or apart < window]
-            most = max(most, len(seen))
+            made_up = [] if self._keeps_window(layer) else self.rule.made_up(layer, token, head)
+            made_up = [one for one in made_up if window is None or token - one[0] < window]
+            most = max(most, len(seen) + len(made_up))
             for _, apart in seen:
                 if apart not in turned:
                     turned[apart] = self._turn(layer, query, apart)
-            weights = self._weights(layer, turned, head, seen)
+            logits = self._logits(layer, turned, head, seen)
+            whole = self._turn(layer, query, token)[head] if made_up else query[head]
+            logits += [self._logit(whole, key) + bias for _, key, _, bias in made_up]
+            weights = np.exp(np.array(logits) - max(logits))
+            weights /= weights.sum()
             if not self._keeps_window(layer):
-                self.rule.saw(layer, token, head, {j: w for (j, _), w in zip(seen, weights, strict=True)})
-            for (j, _), weight in zip(seen, weights, strict=True):
-                out[head] += weight * self.values[layer][j][self.kv(head)]
+                self.rule.saw(layer, token, head, {j: w for (j, _), w in zip(seen, weights, strict=False)})
+            values = [self.values[layer][j][self.kv(head)] for j, _ in seen] + [value for _, _, value, _ in made_up]
+            for value, weight in zip(values, weights, strict=True):
+                out[head] += weight * value
         self.counts[layer].append(most)
         return out
 
     def kv(self, head: int) -> int:
         return head // (self.heads // self.kv_heads)
 
-    def _weights(self, layer: int, turned: dict[int, Vectors], head: int, seen: Seen) -> np.ndarray:
-        scale = getattr(self.config, "query_pre_attn_scalar", self.dim) ** -0.5
-        cap = getattr(self.config, "attn_logit_softcapping", None)
+    def _logits(self, layer: int, turned: dict[int, Vectors], head: int, seen: Seen) -> list[float]:
         keys = self.at_zero[layer]
-        logits = np.array([float(turned[apart][head] @ keys[j][self.kv(head)]) * scale for j, apart in seen])
-        if cap:
-            logits = cap * np.tanh(logits / cap)
-        weights = np.exp(logits - logits.max())
-        found: np.ndarray = weights / weights.sum()
-        return found
+        return [self._logit(turned[apart][head], keys[j][self.kv(head)]) for j, apart in seen]
+
+    def _logit(self, query: np.ndarray, key: np.ndarray) -> float:
+        cap = getattr(self.config, "attn_logit_softcapping", None)
+        logit = float(query @ key) * getattr(self.config, "query_pre_attn_scalar", self.dim) ** -0.5
+        return cap * float(np.tanh(logit / cap)) if cap else logit
 
 
 class Streaming(Rule):
@@ -389,3 +400,69 @@ class ShadowKV(Rule):
 
     def sees(self, layer: int, token: int, head: int) -> Seen:
         return [(j, token - j) for j in sorted(self.found[layer, self.reader.kv(head)]) if j <= token]
+
+
+class Razor(Rule):
+    """Retrieval heads from written-out attention to a repeated text; the others' lost tokens as one mean."""
+
+    def __init__(self, budget: int, num_sink: int, num_random: int, repeats: int, shares: tuple[float, float]) -> None:
+        self.num_recent, self.budget, self.num_sink = budget - num_sink - 1, budget, num_sink
+        self.num_random, self.repeats, self.shares = num_random, repeats, shares
+        self.whole: set[tuple[int, int]] | None = None
+        self.turned: dict[int, list[Vectors]] = {}
+        self.answering = False
+
+    def begin(self, layer: int, start: int, stop: int, queries: Vectors, keys: Vectors, answering: bool) -> None:
+        if self.whole is None:
+            self.whole = retrieval_heads(self.reader, self.num_random, self.repeats, self.shares)
+        self.answering = answering
+        self.turned[layer] = [self.reader._turn(layer, key, j) for j, key in enumerate(keys)]
+
+    def _lost(self, layer: int, token: int, head: int) -> range:
+        if not self.answering or token < self.budget or (layer, self.reader.kv(head)) in (self.whole or set()):
+            return range(0)
+        return range(self.num_sink, token + 1 - self.num_recent)
+
+    def sees(self, layer: int, token: int, head: int) -> Seen:
+        lost = self._lost(layer, token, head)
+        return [(j, token - j) for j in range(token + 1) if j not in lost]
+
+    def made_up(self, layer: int, token: int, head: int) -> MadeUp:
+        lost, kv = self._lost(layer, token, head), self.reader.kv(head)
+        if not lost:
+            return []
+        key = sum(self.turned[layer][j][kv] for j in lost) / len(lost)
+        value = sum(self.reader.values[layer][j][kv] for j in lost) / len(lost)
+        return [(lost[-1], key, value, float(np.log(len(lost))))]
+
+
+def retrieval_heads(
+    reader: NaiveTokens, num_random: int, repeats: int, shares: tuple[float, float]
+) -> set[tuple[int, int]]:
+    """KV heads (layer, head) with the best induction and echo scores, of attention matrices written out."""
+    found = set()
+    for share, scores in zip(shares, repeat_scores(reader, num_random, repeats), strict=True):
+        best = sorted(scores, key=lambda place: scores[place], reverse=True)
+        found |= set(best[: int(np.ceil(share * len(best)))])
+    return found
+
+
+def repeat_scores(reader: NaiveTokens, num_random: int, repeats: int) -> list[dict[tuple[int, int], float]]:
+    """Induction and echo scores by (layer, KV head)."""
+    once = torch.randint(reader.config.vocab_size, (num_random,), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = [reader.config.bos_token_id, *once * repeats]
+    _, weights = slow_forward(reader.model, ids, in_window(reader.model))
+    found: list[dict[tuple[int, int], float]] = [{}, {}]
+    for behind, scores in zip((1, 0), found, strict=True):
+        for layer in (index for index in range(len(weights)) if not reader._keeps_window(index)):
+            for head in range(reader.heads):
+                place = (layer, reader.kv(head))
+                scores[place] = max(scores.get(place, 0.0), _looks_back(weights[layer][head], ids, num_random, behind))
+    return found
+
+
+def _looks_back(weights: list[list[float]], ids: list[int], num_random: int, behind: int) -> float:
+    rows, total = range(1 + num_random, len(ids)), 0.0
+    for row in rows:
+        total += sum(weights[row][j + behind] for j in range(row) if ids[j] == ids[row])
+    return total / len(rows)

@@ -35,6 +35,10 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[], naive.Rule]]] = {
     "quest": ({"page": 8, "num_dense_layers": 1}, lambda: naive.Quest(BUDGET, 8, 1)),
     "arkvale": ({"page": 4, "num_dense_layers": 1}, lambda: naive.ArkVale(BUDGET, 4, 1)),
     "retrieval_attention": ({"num_first": 3, "num_recent": 9}, lambda: naive.RetrievalAttention(BUDGET, 3, 9)),
+    "razor_attention": (
+        {"num_sink": 3, "num_random": 9, "repeats": 3, "induction_share": 0.25, "echo_share": 0.125},
+        lambda: naive.Razor(BUDGET, 3, 9, 3, (0.25, 0.125)),
+    ),
     "shadowkv": (
         {"chunk": 4, "num_local": 2, "rank": 10, "outliers": 0.2},
         lambda: naive.ShadowKV(BUDGET, 4, 2, 10, 2),

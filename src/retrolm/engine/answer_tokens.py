@@ -5,20 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..methods.token_base import TokenMethod
+from ..methods.token_base import RepeatScores, TokenMethod
 from .answering import PROGRAMS, Outcome, Prompt, PromptProgram, prompt_answer
 from .generate_options import GenerateOptions
 from .generation import FirstToken, ended
+from .repeat_reading import repeat_scores
 from .results import Answer, Timings
 from .stock import left_padded
 from .token_cache import counting_cache
 from .token_stream import TokenStream, generating, read_prompts
+
+if TYPE_CHECKING:
+    from .model import RetroLM
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,10 @@ class _Generated:
 @PROGRAMS.register("tokens")
 class TokenProgram(PromptProgram):
     """Chunked prefill and generation by `TokenStream`. The last prompt token is the first step of the answer."""
+
+    def __init__(self, lm: RetroLM) -> None:
+        super().__init__(lm)
+        self._repeat_scores: RepeatScores | None = None
 
     def answer(self, prompts: Sequence[Prompt], max_new_tokens: int, **options: Any) -> list[Answer]:
         checked = GenerateOptions(self.lm.model, options, self.lm.eos_ids, self.lm.pad_id, self.lm.tokenizer)
@@ -69,9 +77,18 @@ class TokenProgram(PromptProgram):
     def _stream(self, num_samples: int, num_tokens: int) -> TokenStream:
         method = self.lm.method
         assert isinstance(method, TokenMethod)
-        stream = TokenStream(self.lm.backbone, method, self.lm.config.kv_budget, num_samples)
+        heads = self._dense_heads(method)
+        stream = TokenStream(self.lm.backbone, method, self.lm.config.kv_budget, num_samples, heads)
         stream.require_positions(num_tokens)
         return stream
+
+    def _dense_heads(self, method: TokenMethod) -> Tensor | None:
+        """The KV heads that the method leaves dense, bool [L, K]; the model is looked at once."""
+        if method.repeat_text is None:
+            return None
+        if self._repeat_scores is None:
+            self._repeat_scores = repeat_scores(self.lm.backbone, self.lm.attachment, method.repeat_text)
+        return method.dense_heads(self._repeat_scores)
 
     @torch.no_grad()
     def _generate(
@@ -104,6 +121,7 @@ class TokenProgram(PromptProgram):
 
     def _answers(self, stream: TokenStream, rows: list[list[int]], found: _Generated) -> list[Answer]:
         prefill, decode, kept = stream.prefill_counts(), stream.decode_counts(), stream.kept_bytes()
+        dense = stream.dense_head_counts()
         method = self.lm.method
         assert isinstance(method, TokenMethod)
         answers = []
@@ -117,6 +135,7 @@ class TokenProgram(PromptProgram):
                 timings=found.timings,
                 device_bytes=kept[i],
                 max_position=min(stream.max_position, len(rows[i]) + len(tokens) - 2),
+                dense_heads=tuple(max((step[i] for step in layer[:steps]), default=0) for layer in dense),
                 left_dense=method.dense_layers(self.lm.backbone.num_layers),
             )
             answers.append(prompt_answer(self.lm, outcome))

@@ -113,8 +113,10 @@ class Outcome:
     Attributes:
         token_ids: generated tokens. ended: generation came to an end of its own.
         prefill, decode: most keys that any prompt token and any generated token attended to, for each layer (the
-            largest of its heads), counted where attention was computed.
+            largest of its heads, those left dense aside), counted where attention was computed.
         left_dense: layers that the method leaves dense on purpose; they are reported apart.
+        dense_heads: in each layer, most keys that a generated token attended by heads that are left dense on purpose,
+            reported apart as well; 0 where there is none.
         device_bytes, host_bytes: keys and values kept when generation ended. max_position: highest RoPE position.
     """
 
@@ -127,6 +129,7 @@ class Outcome:
     host_bytes: int = 0
     max_position: int = 0
     left_dense: frozenset[int] = frozenset()
+    dense_heads: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -146,7 +149,7 @@ def prompt_answer(lm: RetroLM, outcome: Outcome) -> Answer:
         kv_bytes={"device": outcome.device_bytes, "host": outcome.host_bytes, "cache": 0},
         truncated=not outcome.ended,
         notes=outcome.notes,
-        attended_by_layer={"prefill": tuple(outcome.prefill), "decode": tuple(outcome.decode)},
+        attended_by_layer={"prefill": tuple(outcome.prefill), "decode": _by_layer(outcome)},
     )
 
 
@@ -162,4 +165,11 @@ def _attended(lm: RetroLM, outcome: Outcome) -> dict[str, int]:
     for name, part in (("dense_layers", outcome.left_dense), ("sliding", sliding)):
         if part:
             found[name] = max(max(outcome.prefill[layer], outcome.decode[layer]) for layer in part)
+    if any(outcome.dense_heads):
+        found["dense_heads"] = max(outcome.dense_heads)
     return found
+
+
+def _by_layer(outcome: Outcome) -> tuple[int, ...]:
+    """Most keys of any head, dense ones too."""
+    return tuple(max(both) for both in zip(outcome.decode, outcome.dense_heads or outcome.decode, strict=True))

@@ -6,6 +6,7 @@ alone. Keys are kept before RoPE; the stock model sees position 0 everywhere. Sh
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,11 +29,20 @@ class TokenStream:
     Attributes:
         prefill_LB: most keys that any prompt token attended in each layer, int64.
         decode: for each generated step, keys attended in each layer, [L, B] on the CPU (call `decode_counts`).
+        dense_heads_LK: KV heads that the method leaves dense, bool; None = none.
         max_position: highest RoPE position that can have been used.
     """
 
-    def __init__(self, backbone: Backbone, method: TokenMethod, kv_budget: int, num_samples: int) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        method: TokenMethod,
+        kv_budget: int,
+        num_samples: int,
+        dense_heads_LK: Tensor | None = None,
+    ) -> None:
         self._backbone = backbone
+        self._dense_heads = _by_layer(backbone, dense_heads_LK)
         self._method = method
         self._kv_budget = kv_budget
         self._own = {i: _own_window(backbone, i) for i in range(backbone.num_layers) if not backbone.retrieves(i)}
@@ -42,6 +52,7 @@ class TokenStream:
         self._num_again = 0
         self._prefill: list[Tensor | None] = [None] * backbone.num_layers
         self._decode: list[list[Tensor]] = [[] for _ in range(backbone.num_layers)]
+        self._decode_dense: list[list[Tensor]] = [[] for _ in range(backbone.num_layers)]
 
     # --- steps ----------------------------------------------------------------------------------------------
 
@@ -94,8 +105,12 @@ class TokenStream:
         return [nothing if found is None else found.tolist() for found in self._prefill]
 
     def decode_counts(self) -> list[list[list[int]]]:
-        """Keys attended by each generated token, [layer][step][sample]."""
+        """Keys attended by each generated token, heads that are left dense aside, [layer][step][sample]."""
         return [torch.stack(steps).tolist() if steps else [] for steps in self._decode]
+
+    def dense_head_counts(self) -> list[list[list[int]]]:
+        """The same of the heads that are left dense; no steps in layers without any."""
+        return [torch.stack(steps).tolist() if steps else [] for steps in self._decode_dense]
 
     def kept_bytes(self) -> list[int]:
         """Bytes of keys and values kept for each sample."""
@@ -122,7 +137,7 @@ class TokenStream:
             if places is not None:
                 take(cache, places)
         append(cache, k, v, new.true_BQ)
-        view = ChunkView(layer, self._kv_budget, cache, q, new, rope.at)
+        view = ChunkView(layer, self._kv_budget, cache, q, new, rope.at, self._dense_heads[layer])
         parts = method.select(view)
         if parts is None:
             return self._attend_all(view, scale, softcap)
@@ -136,7 +151,7 @@ class TokenStream:
         """All tokens so far, at true positions."""
         window = self._window(view.layer)
         counts_BQ = view.true_BQ + 1
-        self._account(view, counts_BQ if window is None else counts_BQ.clamp(max=window))
+        self._account(view, (counts_BQ if window is None else counts_BQ.clamp(max=window))[:, None])
         cache, true_BT = view.cache, view.cache.true_BJT[:, 0]
         q = _placed(view.q_BHQD, view.true_BQ.clamp(min=0)[:, None], view)
         k = _placed(cache.keys_BKTD, true_BT.clamp(min=0)[:, None], view)
@@ -155,7 +170,7 @@ class TokenStream:
     ) -> Tensor:
         parts = [self._within_window(view.layer, part) for part in parts]
         counts_BJQ = sum((part.allowed_BJQS.sum(-1) for part in parts[1:]), parts[0].allowed_BJQS.sum(-1))
-        self._account(view, counts_BJQ.amax(1))
+        self._account(view, counts_BJQ)
         sets = [_key_set(view, part) for part in parts]
         if method.num_revised and not view.new.is_prefill:
             out, lse = attend_sets_lse(sets, scale, softcap)
@@ -174,16 +189,30 @@ class TokenStream:
             return part
         apart = part.q_positions_BQ[:, None, :, None] - part.k_positions_BJS[:, :, None]
         allowed = part.allowed_BJQS & (apart < window)
-        return Part(part.places_BJS, allowed, part.q_positions_BQ, part.k_positions_BJS)
+        return dataclasses.replace(part, allowed_BJQS=allowed)
 
-    def _account(self, view: ChunkView, counts_BQ: Tensor) -> None:
+    def _account(self, view: ChunkView, counts_BJQ: Tensor) -> None:
         """Note what this chunk attends, padding aside; what is counted is what attention is given."""
-        most_B = counts_BQ.masked_fill(view.true_BQ < 0, 0).amax(1)
+        counts_BJQ = counts_BJQ.masked_fill((view.true_BQ < 0)[:, None], 0)
+        dense = view.dense_heads
+        if not view.new.is_prefill and dense is not None:
+            counts_BJQ = counts_BJQ.expand(-1, len(dense), -1)
+            self._decode_dense[view.layer].append(counts_BJQ.masked_fill(~dense[:, None], 0).amax((1, 2)))
+            counts_BJQ = counts_BJQ.masked_fill(dense[:, None], 0)
+        most_B = counts_BJQ.amax((1, 2))
         if not view.new.is_prefill:
             self._decode[view.layer].append(most_B)
             return
         so_far = self._prefill[view.layer]
         self._prefill[view.layer] = most_B if so_far is None else torch.maximum(so_far, most_B)
+
+
+def _by_layer(backbone: Backbone, dense_heads_LK: Tensor | None) -> list[Tensor | None]:
+    """The heads that each layer leaves dense, on its device; None where there is none."""
+    if dense_heads_LK is None:
+        return [None] * backbone.num_layers
+    layers = zip(backbone.layers, dense_heads_LK, strict=True)
+    return [heads.to(info.device) if bool(heads.any()) else None for info, heads in layers]
 
 
 def _own_window(backbone: Backbone, layer: int) -> SlidingWindow:
@@ -197,11 +226,13 @@ def _placed(x_BHTD: Tensor, positions_BJT: Tensor, view: ChunkView) -> Tensor:
 
 
 def _key_set(view: ChunkView, part: Part) -> KeySet:
-    cache = view.cache
+    cache, standins = view.cache, part.standins
+    q = _placed(view.q_BHQD, part.q_positions_BQ[:, None], view)
+    if standins is not None:
+        return KeySet(q, standins.keys_BKSD, standins.values_BKSD, part.allowed_BJQS, standins.log_counts_BJS)
     keys, values = cache.keys_BKTD, cache.values_BKTD
     if part.places_BJS is not None:
         keys, values = gather_rows(keys, part.places_BJS), gather_rows(values, part.places_BJS)
-    q = _placed(view.q_BHQD, part.q_positions_BQ[:, None], view)
     return KeySet(q, _placed(keys, part.k_positions_BJS, view), values, part.allowed_BJQS)
 
 

@@ -40,7 +40,7 @@ long answers has not been measured here.
 ## Left out
 
 TCA-Attention ([2512.09238](https://arxiv.org/abs/2512.09238)): its redundancy metric, budget rule and block size aren't
-published where we could read them, and a guess under its name would be no baseline. RazorAttention, ActQKV,
+published where we could read them, and a guess under its name would be no baseline. ActQKV,
 Token Sparse Attention and Landmark Attention aren't there, nor is an approximate index for RetrievalAttention: exact
 search bounds what one could find.
 """

@@ -79,6 +79,7 @@ class ChunkView:
     Attributes:
         q_BHQD: queries before RoPE. new: the tokens they belong to.
         rope: true or compact positions int64 [...] → cos, sin [..., R] of this layer.
+        dense_heads: the KV heads of this layer that the method leaves dense, bool [K] on its device; None = none.
     """
 
     layer: int
@@ -87,6 +88,7 @@ class ChunkView:
     q_BHQD: Tensor
     new: NewTokens
     rope: Rope
+    dense_heads: Tensor | None = None
 
     @property
     def true_BQ(self) -> Tensor:  # noqa: N802
@@ -104,6 +106,45 @@ class ChunkView:
 
 
 @dataclass(frozen=True)
+class Standins:
+    """Tokens made up by a method to stand for others that it gave up.
+
+    Attributes:
+        keys_BKSD: as attended, after RoPE. values_BKSD.
+        log_counts_BJS: added to the logits, float32 or wider: the log of how many tokens each counts as.
+    """
+
+    keys_BKSD: Tensor
+    values_BKSD: Tensor
+    log_counts_BJS: Tensor
+
+
+@dataclass(frozen=True)
+class RepeatText:
+    """A text of random tokens that is repeated: what `TokenMethod.dense_heads` wants scores of.
+
+    Attributes:
+        num_random: its tokens; None = 2500, or as many as the model's window holds `repeats` times.
+    """
+
+    num_random: int | None = None
+    repeats: int = 4
+
+
+@dataclass(frozen=True)
+class RepeatScores:
+    """How each KV head looks back in such a text (the largest of its query heads), float32 [L, K] on the CPU.
+
+    Attributes:
+        echo_LK: attention weight on earlier places of the query's own token, mean over all repetitions but the first.
+        induction_LK: the same on the places right behind those. Both are -inf in layers that choose nothing.
+    """
+
+    echo_LK: Tensor
+    induction_LK: Tensor
+
+
+@dataclass(frozen=True)
 class Part:
     """Places that are attended, all under one softmax with the other parts.
 
@@ -111,12 +152,15 @@ class Part:
         places_BJS: cache places, int64, -1 = none; None = the whole cache in order.
         allowed_BJQS: which query may attend which place. A token may be allowed to a query in one part only.
         q_positions_BQ, k_positions_BJS: RoPE positions, int64; where nothing is allowed, any.
+        standins: attended in place of the cache's tokens; `places_BJS` is None then, and `k_positions_BJS` only says
+            where a sliding window finds them.
     """
 
     places_BJS: Tensor | None
     allowed_BJQS: Tensor
     q_positions_BQ: Tensor
     k_positions_BJS: Tensor
+    standins: Standins | None = None
 
 
 class TokenMethod(Method, ABC):
@@ -138,6 +182,15 @@ class TokenMethod(Method, ABC):
     def dense_layers(self, num_layers: int) -> frozenset[int]:
         """Layers that are left dense on purpose; they are reported apart and not held to the budget."""
         return frozenset()
+
+    @property
+    def repeat_text(self) -> RepeatText | None:
+        """What the model must read before its first prompt so that `dense_heads` can be asked; None = no need."""
+        return None
+
+    def dense_heads(self, scores: RepeatScores) -> Tensor:
+        """KV heads that attend everything on purpose, bool [L, K]; reported apart and not held to the budget."""
+        return torch.zeros(scores.echo_LK.shape, dtype=torch.bool)
 
     @abstractmethod
     def select(self, view: ChunkView) -> list[Part] | None:

@@ -5,7 +5,7 @@ Shape letters: B samples, H query heads, K KV heads, G = H // K, T tokens, Q las
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -67,6 +67,32 @@ def attention_mass(
         weights = _weights(q_BHTD[:, :, start:end].to(wide), keys[:, :, :end], start, scale, softcap, window)
         mass[..., :end] += weights.sum(3)
     return mass
+
+
+def mass_on(
+    q_BHTD: Tensor,
+    k_BKTD: Tensor,
+    marks: Callable[[int, int], Tensor],
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    first_row: int = 0,
+) -> Tensor:
+    """What tokens give to those that are marked for them, [M, B, K, G, T − first_row], in float32 or wider.
+
+    Args:
+        marks: rows start … end → which of the tokens before `end` are marked, bool [M, end − start, end].
+        first_row: rows before it are left out.
+    """
+    B, H, T, _ = q_BHTD.shape
+    wide = torch.promote_types(q_BHTD.dtype, torch.float32)
+    keys, found = k_BKTD.to(wide), []
+    for start, end in _row_blocks(T - first_row, B * H, q_BHTD.device):
+        start, end = start + first_row, end + first_row
+        rows = q_BHTD[:, :, start:end].to(wide)
+        weights = _weights(rows, keys[:, :, :end], start, scale, softcap, window)
+        found.append(torch.einsum("bkgrt,mrt->mbkgr", weights, marks(start, end).to(wide)))
+    return torch.cat(found, -1)
 
 
 def _weights(

@@ -16,12 +16,16 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 @dataclass(frozen=True)
 class KeySet:
-    """Rotated queries for a set of keys, its rotated keys and values, and who may attend what (bool)."""
+    """Rotated queries for a set of keys, its rotated keys and values, and who may attend what (bool).
+
+    `bias_BJS` is added to the logits of the set's keys, behind a softcap: the log of how many tokens a key stands for.
+    """
 
     q_BHQD: Tensor
     k_BKSD: Tensor
     v_BKSD: Tensor
     allowed_BJQS: Tensor
+    bias_BJS: Tensor | None = None
 
 
 def attend_sets(sets: list[KeySet], scale: float, softcap: float | None = None) -> Tensor:
@@ -30,9 +34,10 @@ def attend_sets(sets: list[KeySet], scale: float, softcap: float | None = None) 
     Queries and keys of all sets are laid side by side along D with zeros between, so that one dot product serves each
     pair. Keys and values that no query may attend must be finite; a query that may attend nothing gives anything.
     """
-    if softcap:
-        return attend_sets_reference(sets, scale, softcap)[0]
     first = sets[0]
+    biased = any(one.bias_BJS is not None for one in sets)
+    if softcap or (biased and first.q_BHQD.dtype.itemsize < 4):  # the mask, in the queries' dtype, would round a bias
+        return attend_sets_reference(sets, scale, softcap)[0]
     B, H, Q, D = first.q_BHQD.shape
     K = first.k_BKSD.shape[1]
     queries = torch.cat([one.q_BHQD for one in sets], -1)
@@ -40,7 +45,10 @@ def attend_sets(sets: list[KeySet], scale: float, softcap: float | None = None) 
     keys = [pad(one.k_BKSD, (i * D, width - (i + 1) * D)) for i, one in enumerate(sets)]
     allowed = torch.cat([one.allowed_BJQS for one in sets], -1)
     allowed = allowed | ~allowed.any(-1, keepdim=True)
-    bias = torch.zeros(allowed.shape, dtype=queries.dtype, device=queries.device).masked_fill(~allowed, -torch.inf)
+    bias = torch.zeros(allowed.shape, dtype=queries.dtype, device=queries.device)
+    if biased:
+        bias = torch.cat([_bias_like(one, queries.dtype) for one in sets], -1)
+    bias = bias.masked_fill(~allowed, -torch.inf)
     bias = bias.repeat(1, 1, H // K, 1) if bias.shape[1] in (1, K) else bias.reshape(B, K, (H // K) * Q, -1)
     out = scaled_dot_product_attention(
         queries.reshape(B, K, (H // K) * Q, width),
@@ -79,6 +87,13 @@ def attend_sets_lse(sets: list[KeySet], scale: float, softcap: float | None = No
     return _weighted(split, sets), scores.logsumexp(-1)
 
 
+def _bias_like(one: KeySet, dtype: torch.dtype) -> Tensor:
+    """What is added to the logits, in the shape of what is allowed."""
+    if one.bias_BJS is None:
+        return torch.zeros(one.allowed_BJQS.shape, dtype=dtype, device=one.allowed_BJQS.device)
+    return one.bias_BJS[:, :, None].to(dtype).expand(one.allowed_BJQS.shape)
+
+
 def _joint_scores(sets: list[KeySet], scale: float, softcap: float | None) -> Tensor:
     """Logits of all sets side by side, [B, H, Q, S], float32 or wider."""
     wide = torch.promote_types(sets[0].q_BHQD.dtype, torch.float32)
@@ -102,7 +117,9 @@ def _scores(one: KeySet, scale: float, softcap: float | None, wide: torch.dtype)
     scores = (grouped @ one.k_BKSD.to(wide).mT).reshape(*one.q_BHQD.shape[:3], -1) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    allowed = one.allowed_BJQS
+    allowed, bias = one.allowed_BJQS, _bias_like(one, wide)
     if allowed.shape[1] == K:
-        allowed = allowed.repeat_interleave(H // K, 1)
+        allowed, bias = (x.repeat_interleave(H // K, 1) for x in (allowed, bias))
+    if one.bias_BJS is not None:
+        scores = scores + bias
     return scores.masked_fill(~allowed, -torch.inf)
