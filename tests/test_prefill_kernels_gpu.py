@@ -15,6 +15,7 @@ from retrolm.methods.selection import choose_pages
 from retrolm.ops import launch
 from retrolm.ops.rotary import rotate
 from retrolm.store import PageLayout, PageStore, ResidentStore, TieredStore, gather
+from retrolm.store.layout import Slabs
 
 pytestmark = pytest.mark.gpu
 
@@ -203,3 +204,20 @@ def test_the_same_pages_are_chosen(
     assert found.dtype == torch.int64 and torch.equal(found, expected)
     there = (torch.tensor(num_past, device=DEVICE), torch.tensor(room, device=DEVICE))
     assert torch.equal(choose_pages(*given, there=there), expected)
+
+
+# --- several slabs ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_pages_of_several_slabs_are_copied_by_address(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a conversation outgrows its store: written and read over the borders of slabs, in any order."""
+    layout = PageLayout(16, 2, 64, torch.float32, (DEVICE, DEVICE), bits)
+    found = []
+    for by_address in (False, True):
+        monkeypatch.setattr(Slabs, "_by_address", property(lambda self, on=by_address: on and len(self._first) > 1))
+        store, ids = filled_store(layout, 9)
+        some = torch.cat([ids[3:], ids[:2], ids[4:5]])
+        found.append(store.read(1, some))
+    for got, want in zip(found[1], found[0], strict=True):
+        assert torch.equal(got, want)

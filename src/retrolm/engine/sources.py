@@ -28,7 +28,7 @@ def tokenise(lm: RetroLM, source: Any) -> tuple[str | None, list[int], list[tupl
     if not isinstance(source, Tensor) and not is_ids(source):
         kind = type(source).__name__
         raise UserError(f"Can't read a {kind}. Give a text, a pathlib.Path, token ids, or a list of these.")
-    ids = [int(i) for i in source]
+    ids = source.tolist() if isinstance(source, Tensor) else [int(i) for i in source]
     if not ids:
         raise UserError("Nothing to read: there are no token ids.")
     require_vocabulary(lm, ids)

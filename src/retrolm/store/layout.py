@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import gather
+from .fetch import MANY_PROGRAMS, WORD, copy_records, has_triton
 from .quantise import dequantise, quantise, record_bytes
 
 
@@ -231,6 +232,9 @@ class Slabs:
 
     def write(self, ids: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store `keys` and `values` [N, *stored_shape] as pages `ids` [N]."""
+        if self._by_address:
+            self._copy((keys.contiguous(), values.contiguous()), ids, out=False)
+            return
         for index, inside in self._parts(ids):
             where = slice(None) if inside is None else inside
             local = (ids[where] - self._first[index]).to(self._device, non_blocking=True)
@@ -239,6 +243,11 @@ class Slabs:
 
     def read(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values [N, *stored_shape] of pages `ids` [N]."""
+        if self._by_address:
+            shape = (len(ids), *self._layout.stored_shape)
+            halves = [torch.empty(shape, dtype=self._layout.stored_dtype, device=self._device) for _ in range(2)]
+            self._copy((halves[0], halves[1]), ids, out=True)
+            return halves[0], halves[1]
         parts = self._parts(ids)
         if len(parts) == 1 and parts[0][1] is None:
             index = parts[0][0]
@@ -253,6 +262,21 @@ class Slabs:
             keys.index_copy_(0, where, self._keys[index].index_select(0, local))
             values.index_copy_(0, where, self._values[index].index_select(0, local))
         return keys, values
+
+    @property
+    def _by_address(self) -> bool:
+        """Whether pages are copied from and to addresses: several slabs would make the host wait for `ids`."""
+        many = len(self._first) > 1 and self._device.type == "cuda"
+        return many and has_triton() and (self._layout.page_bytes // 2) % WORD == 0
+
+    def _copy(self, halves: tuple[Tensor, Tensor], ids: Tensor, out: bool) -> None:
+        """Copy pages `ids` to (`out`) or from `halves` [N, *stored_shape], on the device's stream."""
+        half = self._layout.page_bytes // 2
+        there = self.table()[:, ids.to(self._device, non_blocking=True)]
+        steps = torch.arange(len(ids), device=self._device) * half
+        here = torch.stack([steps + part.data_ptr() for part in halves])
+        source, target = (there, here) if out else (here, there)
+        copy_records(source.flatten(), target.flatten(), half, MANY_PROGRAMS)
 
     def bytes(self) -> int:
         """Bytes reserved by all slabs."""
