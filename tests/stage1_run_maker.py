@@ -11,7 +11,8 @@ import torch
 import stage1_pool_maker
 from retrolm.config import RetroConfig
 from retrolm.engine.model import RetroLM
-from retrolm.training.data import Stage1Dataset
+from retrolm.training.data import Stage1Dataset, Stage1Sample
+from retrolm.training.data.sample import FurtherQuestion
 from retrolm.training.stage1.batches import Collate, Stage1Batch
 from retrolm.training.stage1.config import Stage1Recipe, Stage1TrainConfig
 from retrolm.training.stage1.trainer import Stage1Trainer
@@ -54,8 +55,18 @@ def tiny_trainer(out: Path, lm: RetroLM | None = None, **changes: Any) -> Stage1
     return Stage1Trainer(tiny_recipe(**changes), lm or tiny_backbone(), stage1_pool_maker.tiny_pool(), out)
 
 
-def tiny_batch(recipe: Stage1Recipe, first: int = 0, count: int = 3, length: int = 330) -> Stage1Batch:
-    """`count` samples of one length as a batch."""
+def tiny_batch(
+    recipe: Stage1Recipe, first: int = 0, count: int = 3, length: int = 330, num_further: int = 0
+) -> Stage1Batch:
+    """`count` samples of one length as a batch; further questions are in the words of the next samples'."""
     config = dataclasses.replace(recipe.data, min_tokens=length, max_tokens=length)
-    data = Stage1Dataset(stage1_pool_maker.tiny_pool(), tiny_tokenizer(), config, first + count)
-    return Collate(W, pad_id=0)([data[first + i] for i in range(count)])
+    data = Stage1Dataset(stage1_pool_maker.tiny_pool(), tiny_tokenizer(), config, first + count + num_further)
+    samples = [data[first + i] for i in range(count + num_further)]
+    return Collate(W, pad_id=0)([_asked(samples[i : i + num_further + 1]) for i in range(count)])
+
+
+def _asked(samples: list[Stage1Sample]) -> Stage1Sample:
+    """The first sample, asked the others' questions as well."""
+    own, *others = samples
+    further = tuple(FurtherQuestion(other.question_ids, own.positive_spans) for other in others)
+    return dataclasses.replace(own, further=further)

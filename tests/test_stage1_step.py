@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.tracking import GeneralTracker
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from retrolm.config import RetroConfig
 from retrolm.engine.dense_pass import dense_pass
@@ -17,7 +18,7 @@ from retrolm.engine.page_attention import PageAttention
 from retrolm.engine.page_batch import page_batch
 from retrolm.errors import UserError
 from retrolm.training.schedule import learning_rate
-from retrolm.training.stage1.speed import training_speed
+from retrolm.training.stage1.speed import PARTS, training_speed
 from retrolm.training.stage1.step import Stage1Step
 from retrolm.training.stage1.trainer import Stage1Trainer, first_retriever
 from stage1_pool_maker import tiny_pool
@@ -179,8 +180,57 @@ def test_dev_recall_covers_all_lengths_and_counts_its_samples(tmp_path: Path) ->
 
 def test_speed_is_measured_beside_the_stock_forward_pass(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, num_steps=1, save_every=0)
+    start = bits(trainer.step_module)
     found = training_speed(trainer, 2)
     assert found["num_tokens"] > 0 and found["num_batches"] == 2
-    for part in ("forward", "training"):
+    for part in ("forward", "forward_again", "training"):
         assert found[part]["tokens_per_s"] == pytest.approx(found["num_tokens"] / found[part]["seconds"])
-    assert found["overhead"] == pytest.approx(found["training"]["seconds"] / found["forward"]["seconds"] - 1)
+    for name, forward in (("overhead", "forward"), ("overhead_again", "forward_again")):
+        assert found[name] == pytest.approx(found["training"]["seconds"] / found[forward]["seconds"] - 1)
+    assert 0 <= found["training"]["data_wait_s"] < found["training"]["seconds"]
+    assert tuple(found["parts"]) == PARTS
+    assert all(0 < part["host_s"] <= part["seconds"] for part in found["parts"].values())
+    assert not torch.equal(trainer.step_module.log_scales, start["log_scales"])  # whole steps, optimiser and all
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_parts_of_a_step_are_the_step(tmp_path: Path) -> None:
+    """What `training_speed` takes apart gives the gradients of a step."""
+    trainer = tiny_trainer(tmp_path)
+    module, batch = trainer.step_module, tiny_batch(trainer.recipe)
+    module(batch).loss.backward()
+    whole = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad()
+    frozen = module.read(batch)
+    module.judge(batch, module.scores(batch, frozen), frozen).loss.backward()
+    assert len(whole) > 10
+    assert all(torch.equal(p.grad, whole[name]) for name, p in module.named_parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3"])
+def test_a_step_never_waits_for_the_device(family: str, tmp_path: Path) -> None:
+    """No number is read from a tensor, and no shape depends on one, between a batch's arrival and the next batch."""
+    trainer = tiny_trainer(tmp_path, tiny_backbone(family))
+    batch = tiny_batch(trainer.recipe, num_further=2)
+    with Waits() as waits:
+        module = trainer.step_module
+        module(batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    assert not waits.found
+
+
+class Waits(TorchDispatchMode):
+    """Notes operators that would make the host wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = op.overloadpacket.__name__
+        masked = name in ("index", "index_put", "_index_put_impl_") and any(
+            getattr(index, "dtype", None) == torch.bool for index in args[1]
+        )
+        if masked or name in ("_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2"):
+            self.found.append(name)
+        return op(*args, **(kwargs or {}))

@@ -168,6 +168,8 @@ class TrainingLoop(ABC, Generic[Batch]):
             self.on_row(row)
 
     def _sum(self, own: int) -> int:
+        if self.accelerator.num_processes == 1:  # a number that went by way of the GPU would wait for all its work
+            return own
         return int(self.accelerator.reduce(torch.tensor(own, device=self.device), "sum"))
 
     def _any(self, own: bool) -> bool:

@@ -35,8 +35,16 @@ class Stage1Batch:
     sources: tuple[str, ...]
 
     def to(self, device: torch.device) -> Stage1Batch:
-        parts = {name: value.to(device) for name, value in vars(self).items() if name != "sources"}
-        return Stage1Batch(**parts, sources=self.sources)
+        parts = {name: value.to(device, non_blocking=True) for name, value in self._tensors().items()}
+        return Stage1Batch(self.pages.to(device), **parts, sources=self.sources)
+
+    def pin_memory(self) -> Stage1Batch:
+        """The batch in page-locked memory, from which a copy to a GPU waits for nothing (a DataLoader calls this)."""
+        parts = {name: value.pin_memory() for name, value in self._tensors().items()}
+        return Stage1Batch(self.pages.pin_memory(), **parts, sources=self.sources)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
 class Collate:

@@ -1,10 +1,9 @@
-"""What training costs beside a plain forward pass of the same backbone over the same batches."""
+"""What training costs beside a plain forward pass of the same backbone over the same batches, and where it goes."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,53 +11,103 @@ import torch
 from .batches import Stage1Batch
 from .trainer import Stage1Trainer
 
+PARTS = ("copying", "frozen_pass", "bookmarks", "losses", "backward", "optimiser")
+Figures = dict[str, Any]
 
-def training_speed(trainer: Stage1Trainer, num_batches: int) -> dict[str, Any]:
-    """Time forward passes of the stock backbone and whole training steps, in turn, batch by batch.
 
-    One more batch goes before, unmeasured. Texts with all their questions count as tokens of both.
+def training_speed(trainer: Stage1Trainer, num_batches: int) -> Figures:
+    """Time training steps straight from the loader, then plain forward passes, then a step's parts one by one.
+
+    Each batch is one optimiser step. One more goes before, unmeasured. Texts with all their questions count as tokens.
 
     Returns:
-        num_tokens, and for "forward" and "training" seconds, tokens_per_s and peak_device_bytes; overhead = how much
-        longer training takes, as a share of the forward pass.
+        num_tokens, num_batches, and
+        "training": seconds, tokens_per_s, peak_device_bytes, and data_wait_s, the part spent on waiting for the loader;
+        "forward", "forward_again": the same of the stock model, which may plan its kernels anew for each batch's shape
+            the first time, as it would on fresh batches, and has them the second time;
+        "overhead", "overhead_again": how much longer training takes than either, as a share of it;
+        "parts": for each of `PARTS` seconds, with the device waited for before and after, and host_s, the time until
+            its work was handed to the device (as long as `seconds` where launching is what takes the time). Taken
+            apart they add up to more than a step, in which the host works ahead.
     """
-    batches = list(islice(trainer.batches(), num_batches + 1))
-    seconds, peaks = {"forward": 0.0, "training": 0.0}, {"forward": 0, "training": 0}
-    for number, batch in enumerate(batches):
-        on_device = batch.to(trainer.lm.device)
-        for name, work in (("forward", _forward), ("training", _train)):
-            took, peak = _timed(trainer, on_device, work)
-            if number:
-                seconds[name] += took
-                peaks[name] = max(peaks[name], peak)
-    num_tokens = sum(batch.pages.num_tokens for batch in batches[1:])
-    found: dict[str, Any] = {"num_tokens": num_tokens, "num_batches": num_batches}
-    for name, took in seconds.items():
-        found[name] = {"seconds": took, "tokens_per_s": num_tokens / took, "peak_device_bytes": peaks[name]}
-    return {**found, "overhead": seconds["training"] / seconds["forward"] - 1}
+    batches = trainer.batches()
+    first = next(batches).to(trainer.lm.device)
+    trainer.update([first])
+    _forward(trainer, [first])
+    taken: list[Stage1Batch] = []
+    found: Figures = {"training": _timed(trainer, lambda: _train(trainer, batches, num_batches, taken))}
+    there = [batch.to(trainer.lm.device) for batch in taken]
+    found |= {name: _timed(trainer, lambda: _forward(trainer, there)) for name in ("forward", "forward_again")}
+    num_tokens = sum(batch.pages.num_tokens for batch in taken)
+    for figures in found.values():
+        figures["tokens_per_s"] = num_tokens / figures["seconds"]
+    spent = found["training"]["seconds"]
+    found["overhead"] = spent / found["forward"]["seconds"] - 1
+    found["overhead_again"] = spent / found["forward_again"]["seconds"] - 1
+    return {"num_tokens": num_tokens, "num_batches": num_batches, **found, "parts": _parts(trainer, taken)}
+
+
+def _train(
+    trainer: Stage1Trainer, batches: Iterator[Stage1Batch], num_batches: int, taken: list[Stage1Batch]
+) -> Figures:
+    waited = 0.0
+    for _ in range(num_batches):
+        started = time.perf_counter()
+        taken.append(next(batches))
+        waited += time.perf_counter() - started
+        trainer.update([taken[-1].to(trainer.lm.device)])
+    return {"data_wait_s": waited}
 
 
 @torch.no_grad()
-def _forward(trainer: Stage1Trainer, batch: Stage1Batch) -> None:
-    trainer.lm.backbone.decoder(input_ids=batch.pages.tokens_BT, use_cache=False)
+def _forward(trainer: Stage1Trainer, batches: Iterable[Stage1Batch]) -> Figures:
+    for batch in batches:
+        trainer.lm.backbone.decoder(input_ids=batch.pages.tokens_BT, use_cache=False)
+    return {}
 
 
-def _train(trainer: Stage1Trainer, batch: Stage1Batch) -> None:
-    trainer.step_module(batch).loss.backward()
-    trainer.optimizer.step()
-    trainer.optimizer.zero_grad()
+def _parts(trainer: Stage1Trainer, batches: Iterable[Stage1Batch]) -> dict[str, Figures]:
+    """Seconds of each part of a step, summed over the batches."""
+    found = {name: {"seconds": 0.0, "host_s": 0.0} for name in PARTS}
+    for batch in batches:
+        for name, work in zip(PARTS, _works(trainer, batch), strict=True):
+            _wait(trainer)
+            started = time.perf_counter()
+            work()
+            found[name]["host_s"] += time.perf_counter() - started
+            _wait(trainer)
+            found[name]["seconds"] += time.perf_counter() - started
+    return found
 
 
-def _timed(
-    trainer: Stage1Trainer, batch: Stage1Batch, work: Callable[[Stage1Trainer, Stage1Batch], None]
-) -> tuple[float, int]:
-    device = trainer.lm.device
-    on_gpu = device.type == "cuda"
+def _works(trainer: Stage1Trainer, batch: Stage1Batch) -> Iterator[Callable[[], None]]:
+    """The parts of a step on one batch; each is to be done before the next is asked for."""
+    module, made = trainer.step_module, {}
+
+    def keep(name: str, make: Callable[[], Any]) -> Callable[[], None]:
+        return lambda: made.update({name: make()})
+
+    yield keep("batch", lambda: batch.to(trainer.lm.device))
+    yield keep("frozen", lambda: module.read(made["batch"]))
+    yield keep("scores", lambda: module.scores(made["batch"], made["frozen"]))
+    yield keep("result", lambda: module.judge(made["batch"], made["scores"], made["frozen"]))
+    yield lambda: made["result"].loss.backward()
+    yield keep("norm", trainer.move_weights)
+
+
+def _timed(trainer: Stage1Trainer, work: Callable[[], Figures]) -> Figures:
+    """What `work` says, with its seconds and the most device memory in use."""
+    on_gpu = trainer.lm.device.type == "cuda"
+    _wait(trainer)
     if on_gpu:
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.reset_peak_memory_stats(trainer.lm.device)
     started = time.perf_counter()
-    work(trainer, batch)
-    if on_gpu:
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started, torch.cuda.max_memory_allocated(device) if on_gpu else 0
+    found = work()
+    _wait(trainer)
+    peak = torch.cuda.max_memory_allocated(trainer.lm.device) if on_gpu else 0
+    return {"seconds": time.perf_counter() - started, "peak_device_bytes": peak, **found}
+
+
+def _wait(trainer: Stage1Trainer) -> None:
+    if trainer.lm.device.type == "cuda":
+        torch.cuda.synchronize(trainer.lm.device)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...engine.bookmark_stream import bookmark_stream, layer_scores
-from ...engine.dense_pass import dense_pass
+from ...engine.dense_pass import DenseStates, dense_pass
 from ...engine.model import RetroLM
 from ...engine.page_attention import PageAttention
 from ...retriever import PageRetriever
@@ -37,6 +37,18 @@ class StepResult:
     hits_LN: Tensor
 
 
+@dataclass(frozen=True)
+class FrozenPass:
+    """What training takes from the backbone.
+
+    Attributes:
+        shares_LBP: the text pages' shares of the first questions' true attention, where the loss asks for them.
+    """
+
+    states: DenseStates
+    shares_LBP: Tensor | None
+
+
 class Stage1Step(nn.Module):
     """Holds what is trained; the backbone is kept out of its parameters, so that wrappers see only the retriever.
 
@@ -52,35 +64,42 @@ class Stage1Step(nn.Module):
         self.layers = [n for n in range(train.num_skip_layers, backbone.num_layers) if backbone.retrieves(n)]
         self.log_scales = nn.Parameter(torch.zeros(len(self.layers)), requires_grad=train.learn_temperature)
         self._train_config = train
-        object.__setattr__(self, "_lm", lm)
-
-    def forward(self, batch: Stage1Batch) -> StepResult:
-        scores_LKNP, shares_LBP = self.scores(batch)
-        known = scores_LKNP.detach()
-        there_NP = (batch.pages.text_lengths > 0)[batch.sequence_N]
-        return StepResult(
-            self._loss(scores_LKNP, shares_LBP, batch), _spread(known, there_NP).mean((1, 2)), self._hits(known, batch)
-        )
-
-    def scores(self, batch: Stage1Batch) -> tuple[Tensor, Tensor | None]:
-        """Page scores of every question in the layers with a loss, [L, K, N, P], K = 1 where heads choose together.
-
-        Also the text pages' shares of the first questions' true attention, [L, B, P], where the loss needs them.
-        """
-        lm: RetroLM = self._lm  # type: ignore[assignment]
-        attention = None
-        if self._train_config.loss != "info_nce":
-            attention = PageAttention(lm.backbone, batch.pages, self.layers)
-        dense = dense_pass(lm.backbone, lm.attachment, batch.pages, attention)
-        bookmark = self.retriever.embedding
-        states = bookmark_stream(lm.backbone, lm.attachment, self.retriever, bookmark, batch.pages, dense, lm.config)
-        heads_LKBQP = layer_scores(states, self.layers, batch.pages.num_questions, self._by_head)
-        shares = None if attention is None else torch.stack([attention.shares(layer) for layer in self.layers])
-        return heads_LKBQP[:, :, batch.sequence_N, batch.query_N], shares
+        object.__setattr__(self, "_model", lm)
 
     @property
-    def _by_head(self) -> bool:
-        return self._train_config.select_by == "kv_head"
+    def _lm(self) -> RetroLM:
+        found: RetroLM = self._model  # type: ignore[assignment]
+        return found
+
+    def forward(self, batch: Stage1Batch) -> StepResult:
+        frozen = self.read(batch)
+        return self.judge(batch, self.scores(batch, frozen), frozen)
+
+    def read(self, batch: Stage1Batch) -> FrozenPass:
+        """The backbone's pass over the texts and questions; nothing in it is trained."""
+        backbone, attention = self._lm.backbone, None
+        if self._train_config.loss != "info_nce":
+            attention = PageAttention(backbone, batch.pages, self.layers)
+        states = dense_pass(backbone, self._lm.attachment, batch.pages, attention)
+        shares = None if attention is None else torch.stack([attention.shares(layer) for layer in self.layers])
+        return FrozenPass(states, shares)
+
+    def scores(self, batch: Stage1Batch, frozen: FrozenPass) -> Tensor:
+        """Page scores of every question in the layers with a loss, [L, K, N, P], K = 1 where heads choose together."""
+        lm, bookmark = self._lm, self.retriever.embedding
+        states = bookmark_stream(
+            lm.backbone, lm.attachment, self.retriever, bookmark, batch.pages, frozen.states, lm.config
+        )
+        by_head = self._train_config.select_by == "kv_head"
+        heads_LKBQP = layer_scores(states, self.layers, batch.pages.num_questions, by_head)
+        return heads_LKBQP[:, :, batch.sequence_N, batch.query_N]
+
+    def judge(self, batch: Stage1Batch, scores_LKNP: Tensor, frozen: FrozenPass) -> StepResult:
+        """Loss and figures of page scores."""
+        known = scores_LKNP.detach()
+        there_NP = (batch.pages.text_lengths > 0)[batch.sequence_N]
+        spreads_L = _spread(known, there_NP).mean((1, 2))
+        return StepResult(self._loss(scores_LKNP, frozen.shares_LBP, batch), spreads_L, self._hits(known, batch))
 
     def _hits(self, scores_LKNP: Tensor, batch: Stage1Batch) -> Tensor:
         """Whether the best free pages hold the evidence, [L, N]; a share where KV heads choose by themselves."""

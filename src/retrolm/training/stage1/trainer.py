@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -65,10 +66,12 @@ class Stage1Trainer(TrainingLoop[Stage1Batch]):
         accelerator = new_accelerator(trackers, out, find_unused=True)  # the last layer's value delta feeds no score
         super().__init__("retrolm-stage1", accelerator, recipe.train, out, lm.device, log)
         check_window(recipe, lm)
+        self._unread: list[tuple[int, Tensor]] = []  # steps whose losses were not looked at yet
         self._own_batches = own_share(recipe.train.accumulate, self.accelerator.num_processes)
         lm.model.requires_grad_(False).eval()
         self.step_module = self.trained = Stage1Step(lm, self._first_retriever(), recipe.train).to(lm.device)
-        optimizer = torch.optim.AdamW(self._groups(), lr=recipe.train.lr, betas=(0.9, recipe.train.beta2))
+        betas, on_gpu = (0.9, recipe.train.beta2), lm.device.type == "cuda"
+        optimizer = torch.optim.AdamW(self._groups(), lr=recipe.train.lr, betas=betas, fused=on_gpu or None)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.step_module, optimizer)
 
     @property
@@ -104,23 +107,42 @@ class Stage1Trainer(TrainingLoop[Stage1Batch]):
 
     def _one_step(self, batches: Iterator[Stage1Batch]) -> None:
         started = time.perf_counter()
-        train = self.recipe.train
-        rate = learning_rate(self.step, train.num_steps, train.warmup, train.final_lr)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * rate
-        taken = list(islice(batches, self._own_batches))
-        self.tokens += self._sum(sum(batch.pages.num_tokens for batch in taken))
-        taken = [batch.to(self.lm.device) for batch in taken]
-        if self.step == 0 and train.calibrate:
+        taken = [batch.to(self.lm.device) for batch in islice(batches, self._own_batches)]
+        if self.step == 0 and self.recipe.train.calibrate:
             self._calibrate(taken)
-        results = [self._accumulate(batch, number == len(taken)) for number, batch in enumerate(taken, start=1)]
-        norm = self.accelerator.clip_grad_norm_(self.step_module.parameters(), train.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        results, norm = self.update(taken)
+        self._unread.append((self.step, torch.stack([result.loss for result in results])))
+        self.tokens += self._sum(sum(batch.pages.num_tokens for batch in taken))
         self.step += 1
         self.seconds += time.perf_counter() - started
-        if self.step % train.log_every == 0 or self.step == 1:
-            self._record_step(results, norm, rate)
+        if self.step % self.recipe.train.log_every == 0 or self.step == 1:
+            self._check_losses()
+            self._record_step(results, norm)
+
+    def update(self, batches: Sequence[Stage1Batch]) -> tuple[list[StepResult], Tensor | None]:
+        """Move the weights once by this process's share of the batches; returns results and the gradient's norm.
+
+        Nothing here waits for the device: the next step is prepared while this one is computed.
+        """
+        results = [self._accumulate(batch, number == len(batches)) for number, batch in enumerate(batches, start=1)]
+        return results, self.move_weights()
+
+    def move_weights(self) -> Tensor | None:
+        """Clip the gathered gradients, follow them, and drop them; returns their norm."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * self._rate(self.step)
+        norm = self.accelerator.clip_grad_norm_(self.step_module.parameters(), self.recipe.train.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def save(self) -> None:
+        self._check_losses()
+        super().save()
+
+    def _rate(self, step: int) -> float:
+        train = self.recipe.train
+        return learning_rate(step, train.num_steps, train.warmup, train.final_lr)
 
     def _accumulate(self, batch: Stage1Batch, last: bool) -> StepResult:
         """Add a batch's gradients; processes exchange them with the last batch of a step."""
@@ -128,16 +150,29 @@ class Stage1Trainer(TrainingLoop[Stage1Batch]):
             result: StepResult = self.wrapped(batch)
             self.accelerator.backward(result.loss / self._own_batches)
         result.loss = result.loss.detach()
-        if not bool(torch.isfinite(result.loss)):
-            raise UserError(f"The loss is {float(result.loss)} at step {self.step}. Lower lr, or use dtype float32.")
         return result
+
+    def _check_losses(self) -> None:
+        """Wait for the device, and raise `UserError` if a step's loss since the last check is no number.
+
+        Nothing was saved since then.
+        """
+        steps, self._unread = self._unread, []
+        if not steps:
+            return
+        started = time.perf_counter()
+        means = torch.stack([losses.mean() for _, losses in steps]).tolist()
+        self.seconds += time.perf_counter() - started
+        for (step, _), loss in zip(steps, means, strict=True):
+            if not math.isfinite(loss):
+                raise UserError(f"The loss is {loss} at step {step}. Lower lr, or use dtype float32.")
 
     @torch.no_grad()
     def _calibrate(self, batches: list[Stage1Batch]) -> None:
         spreads = torch.stack([self.step_module(batch).spreads_L for batch in batches]).mean(0)
         self.step_module.calibrate(self.accelerator.reduce(spreads, "mean"))
 
-    def _record_step(self, results: list[StepResult], norm: Tensor | None, rate: float) -> None:
+    def _record_step(self, results: list[StepResult], norm: Tensor | None) -> None:
         loss = self.accelerator.reduce(torch.stack([result.loss for result in results]).mean(), "mean")
         hits = torch.stack([_hits_and_counts(result) for result in results]).sum(0)
         recall = self._recall(hits)
@@ -147,12 +182,13 @@ class Stage1Trainer(TrainingLoop[Stage1Batch]):
                 "loss": rounded(loss),
                 "recall8": rounded(recall.mean()),
                 "recall8_best": rounded(recall.max()),
-                "lr": rate * self.recipe.train.lr,
+                "lr": self._rate(self.step - 1) * self.recipe.train.lr,
                 **self._figures(norm),
             }
         )
 
     def _dev_round(self) -> None:
+        self._check_losses()
         found = self.dev_recall()
         self.retriever.card.details["dev_recall"] = {"step": self.step, **found}
         self._record({"step": self.step, "dev_recall": found})
@@ -204,6 +240,7 @@ class Stage1Trainer(TrainingLoop[Stage1Batch]):
             collate_fn=self._collate(),
             num_workers=train.num_workers,
             prefetch_factor=4 if train.num_workers else None,
+            pin_memory=self.lm.device.type == "cuda",
         )
         return iter(loader)
 
