@@ -13,6 +13,7 @@ from torch import Tensor
 
 from retrolm.methods.selection import choose_pages
 from retrolm.ops import launch
+from retrolm.ops.prefill_layer import add_rms_norm, silu_times
 from retrolm.ops.rotary import rotate
 from retrolm.store import PageLayout, PageStore, ResidentStore, TieredStore, gather
 from retrolm.store.layout import Slabs
@@ -221,3 +222,30 @@ def test_pages_of_several_slabs_are_copied_by_address(bits: int, monkeypatch: py
         found.append(store.read(1, some))
     for got, want in zip(found[1], found[0], strict=True):
         assert torch.equal(got, want)
+
+
+# --- between matrix products --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("width", [48, 896, 4096])
+def test_norm_behind_a_sum(width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, more, weight = (
+        noise(2, 3, width, dtype=dtype),
+        noise(2, 3, width, dtype=dtype, seed=1),
+        noise(width, dtype=dtype),
+    )
+    expected = [(there := x.clone(), add_rms_norm(there, added, weight, 1e-5)) for added in (more, None)]
+    monkeypatch.setattr(launch, "runs_on", lambda x: True)
+    for added, (total, normed) in zip((more, None), expected, strict=True):
+        found = x.clone()
+        close(add_rms_norm(found, added, weight, 1e-5), normed)
+        close(found, total)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_gate(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, up = noise(7, 1111, dtype=dtype) * 6, noise(7, 1111, dtype=dtype, seed=1)
+    expected = silu_times(gate.clone(), up)
+    monkeypatch.setattr(launch, "runs_on", lambda x: True)
+    close(silu_times(gate, up), expected)

@@ -15,6 +15,7 @@ from ..paging import PageTable
 from .attachment import Attachment
 from .chunk import Chunk, PageGroup, query_group, text_group
 from .prefill import PrefillParts, PrefillProgram, QueryCapture
+from .prefill_layers import can_fuse, fused_rows
 
 Progress = Callable[[int, int], None]
 
@@ -103,20 +104,28 @@ class Encoder:
         rows = backbone.embed(chunk.token_ids())
         marks = self._bookmark.to(rows).expand(program.num_bookmarks, -1)
         inputs = torch.cat([rows, marks])[None]
-        kwargs = {
-            "inputs_embeds": inputs,
-            "position_ids": torch.zeros(inputs.shape[:2], dtype=torch.int64, device=inputs.device),
-            "use_cache": False,
-        }
-        found = None
         with self.attachment.run(program):
-            if logits:
-                found = backbone.model(**kwargs, logits_to_keep=torch.arange(len(rows))).logits[0]
-            else:
-                backbone.decoder(**kwargs)
+            found = self._forward(program, inputs, len(rows), logits)
         program.finish()
         captures = [capture for capture in program.captures if capture is not None]
         return Encoded(captures, program.peak_attended, found)
+
+    def _forward(self, program: PrefillProgram, inputs_1TE: Tensor, num_rows: int, logits: bool) -> Tensor | None:
+        """All layers; logits of the first `num_rows` rows if asked for."""
+        backbone = self.parts.backbone
+        if can_fuse(backbone):
+            states = fused_rows(backbone, program, inputs_1TE, logits)
+            return None if states is None else backbone.model.get_output_embeddings()(states[0, :num_rows])
+        kwargs = {
+            "inputs_embeds": inputs_1TE,
+            "position_ids": torch.zeros(inputs_1TE.shape[:2], dtype=torch.int64, device=inputs_1TE.device),
+            "use_cache": False,
+        }
+        if not logits:
+            backbone.decoder(**kwargs)
+            return None
+        found: Tensor = backbone.model(**kwargs, logits_to_keep=torch.arange(num_rows)).logits[0]
+        return found
 
     def _assert_positions(self, chunk: Chunk) -> None:
         """However long the text, no page begins beyond the budget (or beyond what a kept sliding window reaches).

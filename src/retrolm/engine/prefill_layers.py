@@ -1,0 +1,71 @@
+"""The layers of Llama-type models over a chunk's rows, on the weights that their modules hold.
+
+What stands between two matrix products takes one kernel instead of several, and the stock rotation by position 0, which
+is none, is left out. Projections run as the modules they are, so that hooks on them act as in a stock forward pass.
+Shape letters: T rows, E hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..ops.prefill_layer import add_rms_norm, silu_times
+from .attachment import Program
+from .backbone import Backbone
+from .decode_step import foreign_hook, fused_obstacle
+
+_MLP_ROWS = 4224  # of inner activations held at once
+
+
+def can_fuse(backbone: Backbone) -> bool:
+    """Whether `fused_rows` stands in for the stock decoder: on one GPU, where nothing else watches the modules."""
+    if any(info.device.type != "cuda" or info.device != backbone.device for info in backbone.layers):
+        return False
+    return is_plain(backbone)
+
+
+def is_plain(backbone: Backbone) -> bool:
+    """Whether the model is nothing but what `fused_rows` computes."""
+    return fused_obstacle(backbone) is None and backbone.rope(0).scaling == 1.0 and not foreign_hook(backbone.model)
+
+
+def fused_rows(backbone: Backbone, program: Program, rows_1TE: Tensor, wanted: bool) -> Tensor | None:
+    """Run `program` (which must be running on the attachment) over embedded rows; they are changed.
+
+    Args:
+        wanted: return normed hidden states [1, T, E]; else nothing behind the last layer's attention is computed.
+    """
+    x, more, last = rows_1TE, None, backbone.num_layers - 1
+    for layer, module in enumerate(backbone.decoder.layers):
+        attention = module.self_attn
+        out = _attention(program, layer, attention, _normed(module.input_layernorm, x, more), backbone.head_dim)
+        if layer == last and not wanted:
+            return None
+        more = _mlp(module.mlp, _normed(module.post_attention_layernorm, x, attention.o_proj(out)))
+    return _normed(backbone.decoder.norm, x, more)
+
+
+def _attention(program: Program, layer: int, attention: Any, normed: Tensor, head_dim: int) -> Tensor:
+    projected = (attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed))
+    q, k, v = (x.unflatten(-1, (-1, head_dim)) for x in projected)
+    if hasattr(attention, "q_norm"):
+        q, k = _normed(attention.q_norm, q, None), _normed(attention.k_norm, k, None)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return program.attend(layer, q, k, v, head_dim**-0.5, None).flatten(2)
+
+
+def _mlp(mlp: Any, normed: Tensor) -> Tensor:
+    """The gated MLP; where there are many rows, some at a time and into the memory of its input."""
+    if normed.shape[1] <= _MLP_ROWS:
+        out: Tensor = mlp.down_proj(silu_times(mlp.gate_proj(normed), mlp.up_proj(normed)))
+        return out
+    for first in range(0, normed.shape[1], _MLP_ROWS):
+        rows = normed[:, first : first + _MLP_ROWS]
+        rows.copy_(mlp.down_proj(silu_times(mlp.gate_proj(rows), mlp.up_proj(rows))))
+    return normed
+
+
+def _normed(module: Any, x: Tensor, more: Tensor | None) -> Tensor:
+    return add_rms_norm(x, more, module.weight, module.variance_epsilon)
