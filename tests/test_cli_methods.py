@@ -44,6 +44,13 @@ def test_knobs_of_the_method_can_be_set(desk: Desk) -> None:
     assert "dense_layers" not in few and many["dense_layers"] > 96
 
 
+@pytest.mark.parametrize(("method", "left"), [("quest", "dense layers"), ("razor_attention", "dense heads")])
+def test_what_a_method_leaves_dense_is_said(desk: Desk, method: str, left: str) -> None:
+    outcome = run_cli("ask", desk.text, QUESTION, "--method", method, *desk.options)
+    assert outcome.code == 0 and f" in {left})" in outcome.err
+    assert " in dense" not in run_cli("ask", desk.text, QUESTION, "--method", "tova", *desk.options).err
+
+
 @pytest.mark.parametrize(
     ("setting", "parts"),
     [

@@ -199,15 +199,18 @@ def test_retrieval_heads_are_reported_apart_and_the_model_is_read_once(monkeypat
 
     monkeypatch.setattr(answer_tokens, "repeat_scores", counted)
     lm, ids = engine(tiny_model("llama")), random_ids(90).tolist()
+    notes: list[tuple[str, ...]] = []
     for _ in range(2):
         (answer,) = lm.answer([Prompt((), tuple(ids[:-4]), tuple(ids[-4:]))], max_new_tokens=NEW, eos_token_id=None)
         attended = answer.attended_tokens
+        notes.append(answer.notes)
         assert attended["decode"] == BUDGET and attended["dense_heads"] == 90 + NEW - 1
         assert (
             max(answer.attended_by_layer["decode"]) == 90 + NEW - 1
             and min(answer.attended_by_layer["decode"]) <= BUDGET
         )
     assert readings == [RepeatText(None, 4)]
+    assert "looked for its heads first" in notes[0][0] and notes[1] == ()
 
 
 def test_with_only_retrieval_heads_it_is_full_attention() -> None:

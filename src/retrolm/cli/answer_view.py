@@ -68,12 +68,20 @@ def cost_line(answer: Answer) -> str:
     """What the answer cost: tokens attended, times, bytes."""
     attended, kv = answer.attended_tokens, answer.kv_bytes
     parts = [
-        f"attended {count(attended['prefill'])} tokens reading, {count(attended['decode'])} answering",
+        f"attended {count(attended['prefill'])} tokens reading, {count(attended['decode'])} answering"
+        + _dense(attended),
         f"first token {seconds(answer.timings.ttft_s)}",
         f"{speed(answer)} tokens/s",
         f"KV {size(kv['device'])} device, {size(kv['host'])} host",
     ]
     return " · ".join(parts)
+
+
+def _dense(attended: dict[str, int]) -> str:
+    """What layers and heads attended that the method leaves dense; nothing if there are none."""
+    kinds = {"dense_layers": "dense layers", "dense_heads": "dense heads"}
+    found = [f"{count(attended[key])} in {name}" for key, name in kinds.items() if key in attended]
+    return f" ({', '.join(found)})" if found else ""
 
 
 def speed(answer: Answer) -> str:

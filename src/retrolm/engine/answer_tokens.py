@@ -50,6 +50,7 @@ class TokenProgram(PromptProgram):
     def __init__(self, lm: RetroLM) -> None:
         super().__init__(lm)
         self._repeat_scores: RepeatScores | None = None
+        self._notes: tuple[str, ...] = ()  # for the next answers
 
     def answer(self, prompts: Sequence[Prompt], max_new_tokens: int, **options: Any) -> list[Answer]:
         checked = GenerateOptions(self.lm.model, options, self.lm.eos_ids, self.lm.pad_id, self.lm.tokenizer)
@@ -87,7 +88,12 @@ class TokenProgram(PromptProgram):
         if method.repeat_text is None:
             return None
         if self._repeat_scores is None:
+            started = time.perf_counter()
             self._repeat_scores = repeat_scores(self.lm.backbone, self.lm.attachment, method.repeat_text)
+            took = time.perf_counter() - started
+            self._notes = (
+                f"{method.name} looked for its heads first, once for this model: {took:.1f} s, not in the times.",
+            )
         return method.dense_heads(self._repeat_scores)
 
     @torch.no_grad()
@@ -125,6 +131,7 @@ class TokenProgram(PromptProgram):
         method = self.lm.method
         assert isinstance(method, TokenMethod)
         answers = []
+        notes, self._notes = self._notes, ()
         for i, (tokens, over) in enumerate(found.rows):
             steps = max(len(tokens), 1)
             outcome = Outcome(
@@ -137,6 +144,7 @@ class TokenProgram(PromptProgram):
                 max_position=min(stream.max_position, len(rows[i]) + len(tokens) - 2),
                 dense_heads=tuple(max((step[i] for step in layer[:steps]), default=0) for layer in dense),
                 left_dense=method.dense_layers(self.lm.backbone.num_layers),
+                notes=notes,
             )
             answers.append(prompt_answer(self.lm, outcome))
         return answers

@@ -58,7 +58,8 @@ class Answer:
     Attributes:
         token_ids: the generated tokens, special ones included.
         attended_tokens: KV attended per layer: {"prefill": most by any page, "decode": most by a generated token}, in
-            layers that choose pages; {"sliding"} by the layers, if any, that keep their sliding window instead.
+            layers that choose pages; {"sliding"} by the layers, if any, that keep their sliding window instead;
+            {"dense_layers"}, {"dense_heads"} by those, if any, that the method leaves dense on purpose.
         max_position: highest compact position used.
         kv_bytes: {"device", "host"} bytes of stored pages, {"cache"} of the compact cache.
         truncated: generation stopped at `max_new_tokens`.
