@@ -119,6 +119,7 @@ def test_speed(bench: Path, tmp_path: Path) -> None:
     for row in done.json["rows"]:
         assert row["speed_up"] == row["sparse"]["tokens_per_s"] / row["full"]["tokens_per_s"]
         assert len(row["full"]["all_tokens_per_s"]) == 2
+    run_cli(*words, "--pool", tmp_path).refused_in_one_line("is a recipe of stage 2", "--pool has no meaning")
 
 
 def test_no_speed_up_without_equality(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:

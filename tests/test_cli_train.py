@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cli_runner import Desk, Outcome, run_cli
-from retrolm.cli.train import parse_overrides
+from retrolm.cli.train_options import parse_overrides
 from retrolm.cli.train_view import row_text
 from retrolm.engine.model import RetroLM
 from retrolm.errors import UserError
@@ -111,6 +111,15 @@ def test_stop_and_resume(bench: Path, trained: Outcome) -> None:
 def test_wrong_options_are_refused(options: list[str], parts: list[str], bench: Path, trained: Outcome) -> None:
     train(bench, "refused", *options).refused_in_one_line(*parts)
     assert not (bench / "refused").exists()
+
+
+def test_speed(bench: Path, trained: Outcome, tmp_path: Path) -> None:
+    words = ["train", "speed", bench / "recipe.toml"]
+    done = run_cli(*words, "--pool", bench / "pool", "--batches", 2, "--json", "--output", tmp_path / "speed.json")
+    assert done.code == 0 and done.json == json.loads((tmp_path / "speed.json").read_text())
+    assert done.json["num_batches"] == 2 and "overhead" in done.err and "frozen pass" in done.err
+    run_cli(*words).refused_in_one_line("is a recipe of stage 1", "--pool")
+    run_cli(*words, "--pool", bench / "pool", "--repeats", 2).refused_in_one_line("stage 1", "--repeats has no meaning")
 
 
 def test_a_pool_is_needed(bench: Path) -> None:

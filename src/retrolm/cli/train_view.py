@@ -51,7 +51,7 @@ def report(trainer: Any, complete: bool, what: str, folder: Path) -> None:
 
 
 def show_speed(row: dict[str, Any]) -> None:
-    """One line for a length of `retrolm train speed`."""
+    """One line for a length of `retrolm train speed` on a recipe of stage 2."""
     parts = [f"{count(row['num_tokens'])} tokens"]
     for kind in ("sparse", "full"):
         memory = f", peak {size(row[kind]['peak_device_bytes'])}" if row[kind]["peak_device_bytes"] else ""
@@ -59,6 +59,16 @@ def show_speed(row: dict[str, Any]) -> None:
     if row["speed_up"] is not None:
         parts.append(f"{row['speed_up']:.2f} times as fast")
     note(" · ".join(parts))
+
+
+def show_cost(found: dict[str, Any]) -> None:
+    """What `retrolm train speed` found on a recipe of stage 1."""
+    for name, what in (("training", "training"), ("forward", "forward"), ("forward_again", "forward, same shapes")):
+        memory = f", peak {size(found[name]['peak_device_bytes'])}" if found[name]["peak_device_bytes"] else ""
+        note(f"{what}: {count(found[name]['tokens_per_s'])} tokens/s{memory}")
+    note(f"overhead: {found['overhead']:.0%}, with the same shapes {found['overhead_again']:.0%}")
+    spent = ((name.replace("_", " "), part["seconds"] / found["num_batches"]) for name, part in found["parts"].items())
+    note("one step: " + " · ".join(f"{name} {1000 * took:.1f} ms" for name, took in spent))
 
 
 def _figures(row: dict[str, Any]) -> str:
