@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..errors import UserError
 from .encoder import Encoder
-from .generation import Generator, Query
+from .generation import Query
 from .loading import eos_ids
 from .page_reading import cut_pages, paged_text
+from .retro_generation import generator_over
 from .sources import require_vocabulary
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def continue_prompts(
     encoder = lm.encoder_over(lm.new_store(sum(map(len, cut))))
     queries = _queries(encoder, cut, lm.config.page_size)
     new = checked.max_new_tokens if max_new_tokens is None else max_new_tokens
-    Generator(encoder).run(queries, new, checked)
+    generator_over(encoder).run(queries, new, checked)
     sequences = [tokens for query in queries for tokens in query.sequences]
     return _joined(rows, sequences, checked.pad_id).to(input_ids.device)
 

@@ -43,7 +43,7 @@ class Encoder:
     def __init__(self, parts: PrefillParts, attachment: Attachment, bookmark: Tensor) -> None:
         self.parts = parts
         self.attachment = attachment
-        self._bookmark = bookmark
+        self.bookmark = bookmark
 
     @property
     def kept_window(self) -> int:
@@ -54,7 +54,7 @@ class Encoder:
 
     def with_parts(self, **changes: Any) -> Encoder:
         """The same encoder over other pages, digests or settings (fields of `PrefillParts`)."""
-        return Encoder(replace(self.parts, **changes), self.attachment, self._bookmark)
+        return Encoder(replace(self.parts, **changes), self.attachment, self.bookmark)
 
     def read(self, texts: list[PagedText], progress: Progress | None = None, logits: bool = False) -> list[Encoded]:
         """Encode all pages of all texts, a chunk at a time; texts advance side by side."""
@@ -100,15 +100,18 @@ class Encoder:
         backbone.require_positions(max(max(g.end) + max(map(len, g.tokens)) for g in chunk.groups) + 1)
         backbone.require_positions(max(g.table.sink_tokens for g in chunk.groups) + chunk.width + 2)
         self._assert_positions(chunk)
-        program = PrefillProgram(self.parts, chunk)
+        program = self._program(chunk)
         rows = backbone.embed(chunk.token_ids())
-        marks = self._bookmark.to(rows).expand(program.num_bookmarks, -1)
+        marks = self.bookmark.to(rows).expand(program.num_bookmarks, -1)
         inputs = torch.cat([rows, marks])[None]
         with self.attachment.run(program):
             found = self._forward(program, inputs, len(rows), logits)
         program.finish()
         captures = [capture for capture in program.captures if capture is not None]
         return Encoded(captures, program.peak_attended, found)
+
+    def _program(self, chunk: Chunk) -> PrefillProgram:
+        return PrefillProgram(self.parts, chunk)
 
     def _forward(self, program: PrefillProgram, inputs_1TE: Tensor, num_rows: int, logits: bool) -> Tensor | None:
         """All layers; logits of the first `num_rows` rows if asked for."""

@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..errors import UserError
 from ..paging import PageTable, page_lengths
 from .backbone import Backbone
-from .chunk import Chunk
+from .chunk import Chunk, PageGroup
 from .decode import DecodeProgram, build_cache
 from .encoder import Encoder
 from .fast_decode import DecodeRequest, fast_decode_of
@@ -171,13 +171,17 @@ class Generator:
                 self._encoder.query(query.table, own, query.tokens, pinned[i] if pinned else ())
                 for i, (query, own) in enumerate(zip(queries, ids, strict=True))
             ]
-            encoded = self._encoder.encode(Chunk(groups, max(len(query.tokens) for query in queries)))
-            self._generate(queries, encoded.captures, num_tokens, options, streamer, started)
+            captures = self._encode(queries, groups)
+            self._generate(queries, captures, num_tokens, options, streamer, started)
         except BaseException:
             for own in ids:
                 store.release(own)
             raise
         return ids
+
+    def _encode(self, queries: list[Query], groups: list[PageGroup]) -> list[QueryCapture]:
+        """Run the query pages through the model."""
+        return self._encoder.encode(Chunk(groups, max(len(query.tokens) for query in queries))).captures
 
     def _generate(
         self,

@@ -13,10 +13,11 @@ from .answers import build_answer, build_retrieval
 from .chunk import Chunk
 from .document import Document, Past
 from .generate_options import GenerateOptions
-from .generation import Generator, Query
+from .generation import Query
 from .page_reading import cut_pages
 from .prompts import QUESTION_TEMPLATE
 from .results import Answer, Retrieval
+from .retro_generation import generator_over
 from .sources import require_vocabulary
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def ask_pages(
         part = [pairs[i] for i in members]
         queries = [Query(doc.table, question_ids(lm, question, raw), doc.token_ids) for doc, question in part]
         encoder = part[0][0].encoder
-        for ids in Generator(encoder).run(queries, max_new_tokens, checked):
+        for ids in generator_over(encoder).run(queries, max_new_tokens, checked):
             encoder.parts.store.release(ids)
         for i, (document, _), query in zip(members, part, queries, strict=True):
             answers[i] = build_answer(document, query)
@@ -75,7 +76,7 @@ def turn(
     encoder = document.encoder
     query = Query(past.table, question_ids(lm, question, raw, follow_up=len(past.turn_ids) > 0), past.token_ids)
     checked = answer_options(lm, options)
-    (held,) = Generator(encoder).run([query], max_new_tokens, checked)
+    (held,) = generator_over(encoder).run([query], max_new_tokens, checked)
     lengths = page_lengths(len(query.tokens), lm.config.page_size)
     table = query.table.extended(held[-len(lengths) :], torch.tensor(lengths))
     token_ids = [*query.past, query.tokens]

@@ -19,7 +19,7 @@ from .captures import LayerChoice, QueryCapture
 from .chunk import Chunk, PageGroup
 from .group_tensors import GroupTensors
 from .layer_call import LayerCall
-from .page_choice import PageChooser
+from .page_choice import PageChooser, PageSets
 from .page_records import page_records
 from .page_rows import PageRows
 from .prefill_parts import PrefillParts
@@ -80,17 +80,34 @@ class PrefillProgram:
         marks = (q[T:], k[T:], v[T:])
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         out_NQHD, out_marks = self._rows.room(out[:T]), out[T:]
-        for where, group, tensors, own_sets in self._groups(q.device):
-            own_q, own_k, own_v = q_NQHD[where], k_NQKD[where], v_NQKD[where]
-            self.parts.store.write(layer, group.ids.flatten(), page_records(group, own_k), page_records(group, own_v))
-            pages = self._page_tensors(layer, group, tensors, own_q, own_k, where, marks)
-            sets = self._chooser.choose(layer, group, tensors, pages)
-            own_sets.attend(call, tensors, sets, own_q, out_NQHD[where])
+        groups = self._groups(q.device)
+        chosen = self._choose(layer, groups, q_NQHD, k_NQKD, v_NQKD, marks)
+        for (where, group, tensors, own_sets), sets in zip(groups, chosen, strict=True):
+            own_sets.attend(call, tensors, sets, q_NQHD[where], out_NQHD[where])
             if self.num_bookmarks:
                 own_marks = (marks[0][where], marks[1][where], marks[2][where])
+                own_k, own_v = k_NQKD[where], v_NQKD[where]
                 out_marks[where] = attend_bookmark_rows(self.parts, call, group, tensors, own_marks, own_k, own_v)
         self._rows.pack(out_NQHD, out[:T])
         return out[None]
+
+    def _choose(
+        self,
+        layer: int,
+        groups: list[tuple[slice, PageGroup, GroupTensors, SetAttention]],
+        q_NQHD: Tensor,
+        k_NQKD: Tensor,
+        v_NQKD: Tensor,
+        marks: tuple[Tensor, Tensor, Tensor],
+    ) -> list[PageSets]:
+        """Store each group's keys and values, and choose what it attends."""
+        found = []
+        for where, group, tensors, _ in groups:
+            own_q, own_k, own_v = q_NQHD[where], k_NQKD[where], v_NQKD[where]
+            self.parts.store.write(layer, group.ids.flatten(), page_records(group, own_k), page_records(group, own_v))
+            pages = self._page_tensors(layer, group, tensors, own_q, own_k, where, marks)
+            found.append(self._chooser.choose(layer, group, tensors, pages))
+        return found
 
     def finish(self) -> None:
         """Bring to the host what the pass has kept on the device."""

@@ -21,6 +21,7 @@ DEFAULT_COLUMNS = (
     "quest_retro,window=4",
     "quest_retro,window=8",
     "retrolm,retrieve_every=32",
+    "retrolm_retro,retrieve_every=32,window=2",
 )
 
 

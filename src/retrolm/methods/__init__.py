@@ -1,6 +1,7 @@
 """Methods of all kinds: tensors in, page or token choice out. One file per method; importing this files them all."""
 
 from . import (
+    actqkv,
     arkvale,
     bookmark,
     full,
@@ -19,6 +20,7 @@ from . import (
     recency,
     retrieval_attention,
     retro_attention,
+    retro_pages,
     shadowkv,
     snapkv,
     streaming_llm,
@@ -35,6 +37,7 @@ __all__ = [
     "Method",
     "PageMethod",
     "PageTensors",
+    "actqkv",
     "arkvale",
     "bookmark",
     "choose_pages",
@@ -55,6 +58,7 @@ __all__ = [
     "recency",
     "retrieval_attention",
     "retro_attention",
+    "retro_pages",
     "shadowkv",
     "snapkv",
     "streaming_llm",

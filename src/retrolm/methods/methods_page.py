@@ -33,9 +33,16 @@ once its queries have changed:
 * `partials=recomputed` attends all pages seen with the present queries, which reads up to `window` budgets, and says so
   in `attended_tokens`.
 
-In the first sparse layer, where queries don't change, both are the same. The decorator is for methods of kind `tokens`;
-those that choose pages once per question load no further ones, so that there is nothing to correct. What it gains on
-long answers has not been measured here.
+In the first sparse layer, where queries don't change, both are the same.
+
+`retrolm_retro` is the same idea over RetroLM's pages (`methods/retro_pages.py`). With `retrieve_every=32` each 32
+generated tokens become a page that retrieves anew; the `window` - 1 generated pages before it then go through all layers
+once more, and attend what they had seen together with what the new page chose. The union is always recomputed, at
+compact positions of its own: outputs over different sets stand in different position frames. A revised page reads up to
+`window` budgets, which `attended_tokens` states. Without `retrieve_every` no page loads anything later, nothing is
+revised, and the answer says so.
+
+What revisions gain on long answers is measured by `retrolm eval generation`.
 
 ## Left out
 
