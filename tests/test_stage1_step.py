@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,12 @@ from retrolm.engine.model import RetroLM
 from retrolm.engine.page_attention import PageAttention
 from retrolm.engine.page_batch import page_batch
 from retrolm.errors import UserError
+from retrolm.training.checkpoint import load_state
 from retrolm.training.schedule import learning_rate
+from retrolm.training.stage1.ahead import ReadAhead
+from retrolm.training.stage1.batches import Stage1Batch
 from retrolm.training.stage1.speed import PARTS, training_speed
-from retrolm.training.stage1.step import Stage1Step
+from retrolm.training.stage1.step import FrozenPass, Stage1Step
 from retrolm.training.stage1.trainer import Stage1Trainer, first_retriever
 from stage1_pool_maker import tiny_pool
 from stage1_run_maker import W, tiny_backbone, tiny_batch, tiny_recipe, tiny_trainer
@@ -54,7 +59,7 @@ def test_one_batch_is_learnt(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = []
     trainer = tiny_trainer(tmp_path, num_steps=30, lr=1e-2, accumulate=1, log_every=1)
     trainer.on_row = rows.append
-    same = repeat(tiny_batch(trainer.recipe))
+    same = trainer.reading(repeat(tiny_batch(trainer.recipe)))
     while trainer.step < 30:
         trainer._one_step(same)
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
@@ -205,6 +210,46 @@ def test_the_parts_of_a_step_are_the_step(tmp_path: Path) -> None:
     module.judge(batch, module.scores(batch, frozen), frozen).loss.backward()
     assert len(whole) > 10
     assert all(torch.equal(p.grad, whole[name]) for name, p in module.named_parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_reading_ahead_changes_no_bit(accumulate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: the next batch is read in a thread of its own, also across dev rounds and a stop by time."""
+    options: dict[str, Any] = {"num_steps": 4, "accumulate": accumulate, "dev_every": 2, "save_every": 2}
+    assert tiny_trainer(tmp_path / "plain", **options).run()
+    reading, threads = Stage1Trainer.reading, set()
+
+    def note_thread(trainer: Stage1Trainer, batch: Stage1Batch) -> FrozenPass:
+        threads.add(threading.current_thread().name)
+        return Stage1Step.read(trainer.step_module, batch)
+
+    def ahead(trainer: Stage1Trainer, batches: Iterator[Stage1Batch]) -> ReadAhead:
+        monkeypatch.setattr(trainer.step_module, "read", lambda batch: note_thread(trainer, batch), raising=True)
+        return reading(trainer, batches, ahead=True)
+
+    monkeypatch.setattr(Stage1Trainer, "reading", ahead)
+    lm = tiny_backbone()
+    assert not tiny_trainer(tmp_path / "ahead", lm, **options).run(stop_after_s=1e-9)
+    assert lm.model(IDS).logits.isfinite().all()  # nothing is still at work in the model
+    assert tiny_trainer(tmp_path / "ahead", lm, **options).run(resume=True)
+    assert any(name.startswith("retrolm-read-ahead") for name in threads)
+    found, wanted = (load_state(tmp_path / name) for name in ("ahead", "plain"))
+    assert found is not None and wanted is not None and found.tokens == wanted.tokens
+    assert all(torch.equal(value, wanted.model[name]) for name, value in found.model.items())
+
+
+def test_an_error_while_reading_ahead_is_told(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path)
+
+    def ends() -> Iterator[Stage1Batch]:
+        yield from (tiny_batch(trainer.recipe) for _ in range(2))
+        raise UserError("No more texts.")
+
+    batches = trainer.reading(ends(), ahead=True)
+    trainer.update(batches, more=True)
+    with pytest.raises(UserError, match="No more texts"):
+        trainer.update(batches, more=True)
+    batches.stop()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3"])

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .ahead import ReadAhead
 from .batches import Stage1Batch
 from .trainer import Stage1Trainer
 
@@ -18,11 +19,15 @@ Figures = dict[str, Any]
 def training_speed(trainer: Stage1Trainer, num_batches: int) -> Figures:
     """Time training steps straight from the loader, then plain forward passes, then a step's parts one by one.
 
-    Each batch is one optimiser step. One more goes before, unmeasured. Texts with all their questions count as tokens.
+    Args:
+        num_batches: optimiser steps; one more goes before, unmeasured.
+
+    Texts with all their questions count as tokens.
 
     Returns:
         num_tokens, num_batches, and
-        "training": seconds, tokens_per_s, peak_device_bytes, and data_wait_s, the part spent on waiting for the loader;
+        "training": seconds, tokens_per_s, peak_device_bytes, and data_wait_s, spent on waiting for the loader (on a GPU
+            while gradients are computed, as long as there are any);
         "forward", "forward_again": the same of the stock model, which may plan its kernels anew for each batch's shape
             the first time, as it would on fresh batches, and has them the second time;
         "overhead", "overhead_again": how much longer training takes than either, as a share of it;
@@ -30,12 +35,15 @@ def training_speed(trainer: Stage1Trainer, num_batches: int) -> Figures:
             its work was handed to the device (as long as `seconds` where launching is what takes the time). Taken
             apart they add up to more than a step, in which the host works ahead.
     """
-    batches = trainer.batches()
-    first = next(batches).to(trainer.lm.device)
-    trainer.update([first])
-    _forward(trainer, [first])
-    taken: list[Stage1Batch] = []
-    found: Figures = {"training": _timed(trainer, lambda: _train(trainer, batches, num_batches, taken))}
+    loader = _Loader(trainer.loaded())
+    batches = trainer.reading(loader)
+    trainer.update(batches, more=False)
+    _forward(trainer, [batch.to(trainer.lm.device) for batch in loader.taken])
+    num_before, loader.waited_s = len(loader.taken), 0.0
+    found: Figures = {"training": _timed(trainer, lambda: _train(trainer, batches, num_batches))}
+    batches.stop()
+    found["training"]["data_wait_s"] = loader.waited_s
+    taken = loader.taken[num_before:]
     there = [batch.to(trainer.lm.device) for batch in taken]
     found |= {name: _timed(trainer, lambda: _forward(trainer, there)) for name in ("forward", "forward_again")}
     num_tokens = sum(batch.pages.num_tokens for batch in taken)
@@ -47,23 +55,30 @@ def training_speed(trainer: Stage1Trainer, num_batches: int) -> Figures:
     return {"num_tokens": num_tokens, "num_batches": num_batches, **found, "parts": _parts(trainer, taken)}
 
 
-def _train(
-    trainer: Stage1Trainer, batches: Iterator[Stage1Batch], num_batches: int, taken: list[Stage1Batch]
-) -> Figures:
-    waited = 0.0
-    for _ in range(num_batches):
+class _Loader(Iterator[Stage1Batch]):
+    """A loader's batches; keeps them, and how long it was waited for."""
+
+    def __init__(self, batches: Iterator[Stage1Batch]) -> None:
+        self._batches = batches
+        self.taken: list[Stage1Batch] = []
+        self.waited_s = 0.0
+
+    def __next__(self) -> Stage1Batch:
         started = time.perf_counter()
-        taken.append(next(batches))
-        waited += time.perf_counter() - started
-        trainer.update([taken[-1].to(trainer.lm.device)])
-    return {"data_wait_s": waited}
+        self.taken.append(next(self._batches))
+        self.waited_s += time.perf_counter() - started
+        return self.taken[-1]
+
+
+def _train(trainer: Stage1Trainer, batches: ReadAhead, num_steps: int) -> None:
+    for step in range(1, num_steps + 1):
+        trainer.update(batches, more=step < num_steps)
 
 
 @torch.no_grad()
-def _forward(trainer: Stage1Trainer, batches: Iterable[Stage1Batch]) -> Figures:
+def _forward(trainer: Stage1Trainer, batches: Iterable[Stage1Batch]) -> None:
     for batch in batches:
         trainer.lm.backbone.decoder(input_ids=batch.pages.tokens_BT, use_cache=False)
-    return {}
 
 
 def _parts(trainer: Stage1Trainer, batches: Iterable[Stage1Batch]) -> dict[str, Figures]:
@@ -95,17 +110,18 @@ def _works(trainer: Stage1Trainer, batch: Stage1Batch) -> Iterator[Callable[[], 
     yield keep("norm", trainer.move_weights)
 
 
-def _timed(trainer: Stage1Trainer, work: Callable[[], Figures]) -> Figures:
-    """What `work` says, with its seconds and the most device memory in use."""
+def _timed(trainer: Stage1Trainer, work: Callable[[], None]) -> Figures:
+    """Seconds of `work`, and the most device memory in use."""
     on_gpu = trainer.lm.device.type == "cuda"
     _wait(trainer)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(trainer.lm.device)
     started = time.perf_counter()
-    found = work()
+    work()
     _wait(trainer)
+    seconds = time.perf_counter() - started
     peak = torch.cuda.max_memory_allocated(trainer.lm.device) if on_gpu else 0
-    return {"seconds": time.perf_counter() - started, "peak_device_bytes": peak, **found}
+    return {"seconds": seconds, "peak_device_bytes": peak}
 
 
 def _wait(trainer: Stage1Trainer) -> None:

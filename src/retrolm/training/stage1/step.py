@@ -30,11 +30,13 @@ class StepResult:
         loss: mean over layers and samples, to be differentiated.
         spreads_L: standard deviation of the raw scores, mean over samples.
         hits_LN: whether a layer's best free pages hold a question's evidence: 1, 0, or NaN where it doesn't count.
+        num_tokens: of the batch.
     """
 
     loss: Tensor
     spreads_L: Tensor
     hits_LN: Tensor
+    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,9 @@ class Stage1Step(nn.Module):
         found: RetroLM = self._model  # type: ignore[assignment]
         return found
 
-    def forward(self, batch: Stage1Batch) -> StepResult:
-        frozen = self.read(batch)
+    def forward(self, batch: Stage1Batch, frozen: FrozenPass | None = None) -> StepResult:
+        """Result of a batch; `frozen` is the backbone's pass over it, if it was made already."""
+        frozen = self.read(batch) if frozen is None else frozen
         return self.judge(batch, self.scores(batch, frozen), frozen)
 
     def read(self, batch: Stage1Batch) -> FrozenPass:
@@ -99,7 +102,8 @@ class Stage1Step(nn.Module):
         known = scores_LKNP.detach()
         there_NP = (batch.pages.text_lengths > 0)[batch.sequence_N]
         spreads_L = _spread(known, there_NP).mean((1, 2))
-        return StepResult(self._loss(scores_LKNP, frozen.shares_LBP, batch), spreads_L, self._hits(known, batch))
+        loss = self._loss(scores_LKNP, frozen.shares_LBP, batch)
+        return StepResult(loss, spreads_L, self._hits(known, batch), batch.pages.num_tokens)
 
     def _hits(self, scores_LKNP: Tensor, batch: Stage1Batch) -> Tensor:
         """Whether the best free pages hold the evidence, [L, N]; a share where KV heads choose by themselves."""

@@ -29,6 +29,7 @@ from ..processes import new_accelerator, own_share
 from ..recipe import model_name
 from ..run_log import Log
 from ..schedule import learning_rate
+from .ahead import ReadAhead, ReadBatch
 from .backbone import check_window
 from .batches import Collate, Stage1Batch, micro_batches
 from .config import Stage1Recipe, Stage1TrainConfig
@@ -38,7 +39,7 @@ RETRIEVER_FOLDER = "retriever"
 _ENDLESS = 1 << 40
 
 
-class Stage1Trainer(TrainingLoop[Stage1Batch]):
+class Stage1Trainer(TrainingLoop[ReadBatch]):
     """Trains one page retriever.
 
     Args:
@@ -67,12 +68,20 @@ class Stage1Trainer(TrainingLoop[Stage1Batch]):
         super().__init__("retrolm-stage1", accelerator, recipe.train, out, lm.device, log)
         check_window(recipe, lm)
         self._unread: list[tuple[int, Tensor]] = []  # steps whose losses were not looked at yet
+        self._reading: ReadAhead | None = None
         self._own_batches = own_share(recipe.train.accumulate, self.accelerator.num_processes)
         lm.model.requires_grad_(False).eval()
         self.step_module = self.trained = Stage1Step(lm, self._first_retriever(), recipe.train).to(lm.device)
         betas, on_gpu = (0.9, recipe.train.beta2), lm.device.type == "cuda"
         optimizer = torch.optim.AdamW(self._groups(), lr=recipe.train.lr, betas=betas, fused=on_gpu or None)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.step_module, optimizer)
+
+    def run(self, resume: bool = False, stop_after_s: float | None = None) -> bool:
+        try:
+            return super().run(resume, stop_after_s)
+        finally:
+            if self._reading is not None:
+                self._reading.stop()
 
     @property
     def retriever_folder(self) -> Path:
@@ -105,26 +114,29 @@ class Stage1Trainer(TrainingLoop[Stage1Batch]):
 
     # --- one step -----------------------------------------------------------------------------------------------
 
-    def _one_step(self, batches: Iterator[Stage1Batch]) -> None:
+    def _one_step(self, batches: ReadAhead) -> None:  # type: ignore[override]
         started = time.perf_counter()
-        taken = [batch.to(self.lm.device) for batch in islice(batches, self._own_batches)]
         if self.step == 0 and self.recipe.train.calibrate:
-            self._calibrate(taken)
-        results, norm = self.update(taken)
+            self._calibrate(batches.peek(self._own_batches))
+        results, norm = self.update(batches, more=self.step + 1 < self.recipe.train.num_steps)
         self._unread.append((self.step, torch.stack([result.loss for result in results])))
-        self.tokens += self._sum(sum(batch.pages.num_tokens for batch in taken))
+        self.tokens += self._sum(sum(result.num_tokens for result in results))
         self.step += 1
         self.seconds += time.perf_counter() - started
         if self.step % self.recipe.train.log_every == 0 or self.step == 1:
             self._check_losses()
             self._record_step(results, norm)
 
-    def update(self, batches: Sequence[Stage1Batch]) -> tuple[list[StepResult], Tensor | None]:
+    def update(self, batches: ReadAhead, more: bool) -> tuple[list[StepResult], Tensor | None]:
         """Move the weights once by this process's share of the batches; returns results and the gradient's norm.
 
         Nothing here waits for the device: the next step is prepared while this one is computed.
+
+        Args:
+            more: another step follows, whose first batch may be read already.
         """
-        results = [self._accumulate(batch, number == len(batches)) for number, batch in enumerate(batches, start=1)]
+        own = self._own_batches
+        results = [self._accumulate(batches, number == own, more) for number in range(1, own + 1)]
         return results, self.move_weights()
 
     def move_weights(self) -> Tensor | None:
@@ -144,10 +156,14 @@ class Stage1Trainer(TrainingLoop[Stage1Batch]):
         train = self.recipe.train
         return learning_rate(step, train.num_steps, train.warmup, train.final_lr)
 
-    def _accumulate(self, batch: Stage1Batch, last: bool) -> StepResult:
+    def _accumulate(self, batches: ReadAhead, last: bool, more: bool) -> StepResult:
         """Add a batch's gradients; processes exchange them with the last batch of a step."""
         with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-            result: StepResult = self.wrapped(batch)
+            read = next(batches)
+            result: StepResult = self.wrapped(read.batch, read.frozen)
+            del read  # the graph holds what it needs; the rest makes room for the next batch
+            if more or not last:
+                batches.begin()
             self.accelerator.backward(result.loss / self._own_batches)
         result.loss = result.loss.detach()
         return result
@@ -229,8 +245,17 @@ class Stage1Trainer(TrainingLoop[Stage1Batch]):
     def _collate(self) -> Collate:
         return Collate(self.recipe.train.page_size, self.lm.pad_id)
 
-    def batches(self) -> Iterator[Stage1Batch]:
-        """This process's batches from the present step on."""
+    def batches(self) -> ReadAhead:
+        """This process's batches from the present step on, each read by the backbone."""
+        return self.reading(self.loaded())
+
+    def reading(self, batches: Iterator[Stage1Batch], ahead: bool | None = None) -> ReadAhead:
+        """Batches read by the backbone; see `ReadAhead`. `run` stops what it began."""
+        self._reading = ReadAhead(batches, self.step_module.read, self.lm.device, ahead)
+        return self._reading
+
+    def loaded(self) -> Iterator[Stage1Batch]:
+        """This process's batches from the present step on, on the host."""
         train = self.recipe.train
         data = Stage1Dataset(self.pool, self.lm.tokenizer, self.recipe.data, _ENDLESS)
         everything = micro_batches(_lengths(self.recipe.data, _ENDLESS), train.tokens_per_batch)
