@@ -74,7 +74,7 @@ def test_a_folder_is_no_text(desk: Desk, no_reading: None) -> None:
         (["--kv-budget", "4096"], ["window", "1024"]),
         (["--page-size", "0"], ["page_size"]),
         (["--page-size", "-16"], ["page_size"]),
-        (["--chunk-pages", "0"], ["chunk_pages"]),
+        (["--chunk-pages", "-1"], ["chunk_pages"]),
         (["--device-kv-gb", "0"], ["--device-kv-gb"]),
         (["--device-kv-gb", "nan"], ["--device-kv-gb"]),
         (["--max-new-tokens", "0"], ["--max-new-tokens"]),

@@ -69,7 +69,7 @@ def test_every_combination_reads_and_generates(options: dict[str, Any], method: 
         ({"page_size": 12.5}, "page_size"),
         ({"page_size": True}, "page_size"),
         ({"kv_budget": "2048"}, "kv_budget"),
-        ({"chunk_pages": 0}, "chunk_pages"),
+        ({"chunk_pages": -1}, "chunk_pages"),
         ({"num_local_pages": -1}, "num_local_pages"),
         ({"retrieve_every": -1}, "retrieve_every"),
         ({"kv_budget": 300, "page_size": 128}, r"under 3 pages of 128 tokens.*at least 384"),

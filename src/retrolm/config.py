@@ -36,7 +36,8 @@ class RetroConfig:
         causal_selection: choose the pages of page i with the bookmark of page i-1, so that no token sees a
             choice made with knowledge of later tokens (D22).
         retrieve_every: retrieve again after this many generated tokens; 0 = once per question (D12).
-        chunk_pages: pages encoded in one forward pass; any value gives the same result (D10).
+        chunk_pages: pages encoded in one forward pass; any value gives the same result (D10). 0 = as many as suit the
+            device.
         dense_bypass: let pages that leave nothing out attend as one dense causal block, as the stock model does; off,
             they are gathered like all others, with the same result.
         prefix_page: give BOS and the chat template's head a sink page of their own.
@@ -58,7 +59,7 @@ class RetroConfig:
     score_rope: bool = False
     causal_selection: bool = False
     retrieve_every: int = 0
-    chunk_pages: int = 16
+    chunk_pages: int = 0
     dense_bypass: bool = True
     prefix_page: bool = True
     device_kv_bytes: int | None = None
@@ -105,7 +106,7 @@ _LOWEST = {
     "num_local_pages": 0,
     "num_skip_layers": 0,
     "retrieve_every": 0,
-    "chunk_pages": 1,
+    "chunk_pages": 0,
 }
 
 

@@ -49,7 +49,7 @@ class EngineOptions:
     method: Annotated[str, _option(help="How the budget is spent (see `retrolm methods`).")] = "retrolm"
     kv_budget: Annotated[int, _option(help="Tokens attended per layer.")] = _DEFAULTS.kv_budget
     page_size: Annotated[int, _option(help="Tokens per page.")] = _DEFAULTS.page_size
-    chunk_pages: Annotated[int, _option(help="Pages encoded at once; changes speed and memory, not results.")] = (
+    chunk_pages: Annotated[int, _option(help="Pages encoded at once; changes speed, not results. 0 = what suits.")] = (
         _DEFAULTS.chunk_pages
     )
     device_kv_gb: Annotated[

@@ -22,6 +22,7 @@ from .answer_stream import stream_answer
 from .answering import PROGRAMS, Prompt
 from .attachment import Attachment
 from .backbone import Backbone
+from .chunk_size import with_chunk_size
 from .continuing import continue_prompts
 from .document import Document, Past
 from .encoder import Encoder, Progress
@@ -72,6 +73,7 @@ class RetroLM:
         self.disk_tier: tuple[Path, int] | None = None
         self.model = model
         self.backbone = Backbone(model, self._position_limit())
+        self.config = with_chunk_size(self.config, self.backbone)
         if self.method.has_budget and self.config.kv_budget > self.backbone.window:
             raise UserError(
                 f"kv_budget={self.config.kv_budget} exceeds the model's window of {self.backbone.window} positions. "

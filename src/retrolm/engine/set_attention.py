@@ -20,7 +20,7 @@ from .head_sets import fold_queries, own_head, write_folded
 from .layer_call import LayerCall
 from .page_choice import PageSets
 from .prefill_parts import PrefillParts
-from .set_runs import SetRun, set_runs
+from .set_runs import SetRun, most_pages, set_runs
 
 
 class SetAttention:
@@ -101,8 +101,16 @@ class SetAttention:
         key = (by_choice, tuple(sets.sizes), sets.num_dense, info.device)
         if key not in self._runs:
             num_local = self._parts.config.num_local_pages
-            self._runs[key] = set_runs(self._group, sets.sizes, sets.num_dense, num_local, by_choice, info.device)
+            most = most_pages(info.device, self._set_bytes(sets))
+            self._runs[key] = set_runs(self._group, sets.sizes, sets.num_dense, num_local, by_choice, most)
         return self._runs[key]
+
+    def _set_bytes(self, sets: PageSets) -> int:
+        """Memory that the gathered keys and values of the largest set take, or of a page's sets of all KV heads."""
+        backbone = self._parts.backbone
+        num_tokens = (max(sets.sizes) + self._group.ids.shape[1]) * self._parts.config.page_size
+        num_sets = backbone.num_kv_heads if sets.by_head else 1
+        return 2 * num_sets * num_tokens * backbone.num_kv_heads * backbone.head_dim * backbone.dtype.itemsize
 
     def _layout(self, layer: int, on: GroupTensors, run: SetRun, picked_nS: Tensor) -> SetLayout:
         info = self._parts.backbone.layers[layer]

@@ -15,9 +15,8 @@ from torch import Tensor
 from .chunk import PageGroup
 from .gather import SetLayout
 
-# A CPU works fastest on one page's set at a time, which fits its caches; a GPU on many.
-_MOST_PAGES = {"cpu": 1}
-_MOST_PAGES_ELSEWHERE = 64
+# A CPU works fastest on one page's set at a time, which fits its caches; a GPU on as many as fill it.
+_MOST_BYTES = 2**28
 
 
 @dataclass
@@ -38,7 +37,7 @@ class SetRun:
 
 
 def set_runs(
-    group: PageGroup, sizes: Sequence[int], first: int, num_local: int, by_choice: bool, device: torch.device
+    group: PageGroup, sizes: Sequence[int], first: int, num_local: int, by_choice: bool, most: int
 ) -> list[SetRun]:
     """Cut the pages of `group` from row `first` on into runs.
 
@@ -46,8 +45,8 @@ def set_runs(
         sizes: pages each page attends before itself.
         num_local: most recent pages that are always attended.
         by_choice: pages are chosen; else the most recent ones are attended (sliding layers).
+        most: pages per run (`most_pages`).
     """
-    most = _MOST_PAGES.get(device.type, _MOST_PAGES_ELSEWHERE)
     own_tokens = group.lengths.sum(1).tolist()
     alike = [_alike(group, row, sizes[row], num_local) if by_choice else None for row in range(first, len(group))]
     shapes = [None if x is None else tuple(group.table.lengths[x[0]].tolist()) for x in alike]
@@ -60,6 +59,11 @@ def set_runs(
             runs.append(SetRun(rows, size, alike[at - first] if by_choice else _recent(group, rows, size)))
         start = stop
     return runs
+
+
+def most_pages(device: torch.device, set_bytes: int) -> int:
+    """How many pages one attention call should serve, whose gathered keys and values take `set_bytes` each."""
+    return 1 if device.type == "cpu" else max(1, _MOST_BYTES // set_bytes)
 
 
 def _alike(group: PageGroup, row: int, size: int, num_local: int) -> Tensor | None:

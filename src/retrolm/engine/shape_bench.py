@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +122,9 @@ class ShapeBench:
 
     def __init__(self, model: Any, plan: ShapePlan) -> None:
         self._model = model
-        self._plan = plan
         self._device = next(model.parameters()).device
         self._lm = RetroLM(model, config=plan.config)
+        self._plan = replace(plan, config=self._lm.config)
         self._method = page_method(plan.method)()
         self._question = self._ids(_QUESTION_TOKENS, seed=1)
 
