@@ -111,6 +111,17 @@ def test_a_told_row_has_the_losses_of_its_own_tokens(method: str, options: dict[
     assert not torch.equal(told.said()[1], words)
 
 
+def test_rows_may_be_answered_one_after_the_other() -> None:
+    """As full attention answers them where layers slide."""
+    lm = RetroLM(exact_model("gemma3"), config=RetroConfig(kv_budget=BUDGET, page_size=4), method="full")
+    ids = random_ids(50, seed=5).tolist()
+    dictation = Dictation(random_ids(NEW, seed=9)[None], 3, NEW, lm.eos_ids)
+    prompts = [Prompt((), tuple(row[:-4]), tuple(row[-4:])) for row in (ids, ids, ids[::-1])]
+    answers = lm.answer(prompts, max_new_tokens=NEW, do_sample=False, logits_processor=[dictation], eos_token_id=None)
+    assert dictation.num_parts == 3 and dictation.said().tolist() == [list(answer.token_ids) for answer in answers]
+    assert torch.equal(dictation.said()[0], random_ids(NEW, seed=9)) and dictation.agrees()[1:].all()
+
+
 def test_ends_are_ruled_out_and_noted() -> None:
     dictation = Dictation(torch.tensor([[3, 3, 3]]), 2, 3, (1,))
     for best in ([2, 2], [1, 2], [2, 1]):

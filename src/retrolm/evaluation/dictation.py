@@ -22,32 +22,43 @@ class Dictation:
 
     Attributes:
         first_at: `time.perf_counter()` when the first token's logits were there.
+        num_parts: in how many parts, equal ones, the batch was answered one after the other.
     """
 
     def __init__(self, dictated_FT: Tensor, num_rows: int, num_tokens: int, eos_ids: tuple[int, ...]) -> None:
         self._dictated_FT = dictated_FT
         self._eos_ids = list(eos_ids)
         self._shape = (num_rows, num_tokens)
-        self._step = 0
+        self._step = self._first = 0
         self._kept: dict[str, Tensor] = {}
         self.first_at = 0.0
+        self.num_parts = 1
 
     def __call__(self, input_ids: Tensor, scores_BV: Tensor) -> Tensor:
-        if not self._step:
-            self._begin(scores_BV.device)
+        num_tokens = self._shape[1]
+        if self._step % num_tokens == 0:
+            self._begin(scores_BV)
+        first, step = self._first, self._step % num_tokens
         scores_BV = scores_BV.float()
         best_B = scores_BV.argmax(-1)
         scores_BV = scores_BV.index_fill(1, self._eos, -torch.inf)
         choice_B = scores_BV.argmax(-1)
-        said_B = torch.cat([self._dictated_FT[:, self._step], choice_B[len(self._dictated_FT) :]])
+        told_B = self._dictated_FT[first : first + len(scores_BV), step]
+        said_B = torch.cat([told_B, choice_B[len(told_B) :]])
         logprob_B = scores_BV.log_softmax(-1).gather(1, said_B[:, None])[:, 0]
         ends_B = (best_B[:, None] == self._eos).any(1)
         for name, found_B in (("said", said_B), ("choice", choice_B), ("logprob", logprob_B), ("ends", ends_B)):
-            self._kept[name][:, self._step] = found_B
+            self._kept[name][first : first + len(scores_BV), step] = found_B
         self._step += 1
         return torch.full_like(scores_BV, -torch.inf).scatter(1, said_B[:, None], 0.0)
 
-    def _begin(self, device: torch.device) -> None:
+    def _begin(self, scores_BV: Tensor) -> None:
+        """The first token of a part."""
+        device = scores_BV.device
+        if self._step:
+            self.num_parts += 1
+            self._first += len(scores_BV)
+            return
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         self.first_at = time.perf_counter()

@@ -196,10 +196,12 @@ def generate(lm: RetroLM, part: GenerationSet, teacher: list[dict[str, Any]]) ->
         )
         lm.wait()
         finished = time.perf_counter()
+    together = (finished - dictation.first_at) / (part.num_tokens - 1)
+    apart = sum(answer.timings.tpot_s for answer in answers) / len(answers)
     measured = {
-        "tpot_s": (finished - dictation.first_at) / (part.num_tokens - 1),
+        "tpot_s": together if dictation.num_parts == 1 else apart,
         "total_s": finished - started,
-        "batch_size": len(prompts),
+        "batch_size": len(prompts) // dictation.num_parts,
         "peak_device_bytes": memory.device_peak_bytes,
         "peak_host_bytes": memory.host_peak_bytes,
     }

@@ -36,8 +36,8 @@ once its queries have changed:
 In the first sparse layer, where queries don't change, both are the same.
 
 `retrolm_retro` is the same idea over RetroLM's pages (`methods/retro_pages.py`). With `retrieve_every=32` each 32
-generated tokens become a page that retrieves anew; the `window` - 1 generated pages before it then go through all layers
-once more, and attend what they had seen together with what the new page chose. The union is always recomputed, at
+generated tokens become a page that retrieves anew; the `window` - 1 generated pages before it then go through all
+layers once more, and attend what they had seen and what the new page chose. The union is always recomputed, at
 compact positions of its own: outputs over different sets stand in different position frames. A revised page reads up to
 `window` budgets, which `attended_tokens` states. Without `retrieve_every` no page loads anything later, nothing is
 revised, and the answer says so.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -26,21 +26,20 @@ class ExposureMeter:
                 before it are revised.
             samples: numbers of the B samples; None = in order.
         """
-        sums_BQ = num_new_BJQ.double().mean(1)
-        own_and_more = torch.stack([sums_BQ[:, -1], sums_BQ[:, :-1].sum(1)], 1)
-        key = (num_new_BJQ.device, *(range(len(sums_BQ)) if samples is None else samples))
-        self._sums[key] = self._sums[key] + own_and_more if key in self._sums else own_and_more
+        key = (num_new_BJQ.device, num_new_BJQ.shape[2], *(samples or range(len(num_new_BJQ))))
+        self._sums[key] = self._sums[key] + num_new_BJQ if key in self._sums else num_new_BJQ
 
     def by_sample(self) -> list[float]:
         """Tokens seen after all revisions per token attended at a query's own step, for each sample of the batch.
 
         1 where nothing was revised. The last tokens, revised less often, count as they are.
         """
-        found: dict[int, Tensor] = {}
-        for (_, *samples), sums in self._sums.items():
-            for sample, row in zip(samples, sums.cpu(), strict=True):
-                found[sample] = found[sample] + row if sample in found else row
-        return [float(1 + found[sample][1] / found[sample][0]) for sample in sorted(found)]
+        own, seen = Counter[int](), Counter[int]()
+        for (_, _, *samples), sums_BJQ in self._sums.items():
+            for sample, sums_Q in zip(samples, sums_BJQ.sum(1).tolist(), strict=True):
+                own[sample] += sums_Q[-1]
+                seen[sample] += sum(sums_Q)
+        return [seen[sample] / own[sample] for sample in sorted(own)]
 
 
 class Revises:
