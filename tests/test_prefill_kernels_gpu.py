@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from retrolm.engine.bookmark_attention import attend_bookmarks
 from retrolm.methods.selection import choose_pages
 from retrolm.ops import launch
 from retrolm.ops.prefill_layer import add_rms_norm, silu_times
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+PRODUCTS = [x for x in DTYPES[1:] if DEVICE.type == "cuda" or x != torch.bfloat16]  # the interpreter multiplies no such
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
@@ -249,3 +251,46 @@ def test_gate(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = silu_times(gate.clone(), up)
     monkeypatch.setattr(launch, "runs_on", lambda x: True)
     close(silu_times(gate, up), expected)
+
+
+# --- bookmarks ----------------------------------------------------------------------------------------------------
+
+
+class Angles:
+    """What bookmark attention needs of a rope table."""
+
+    def __init__(self, rotary_dims: int, dtype: torch.dtype) -> None:
+        cos, sin = angles(1, 300, rotary_dims, dtype)
+        self.tables = (cos[0, :, 0].contiguous(), sin[0, :, 0].contiguous())
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return self.tables[0][positions], self.tables[1][positions]
+
+
+MARKS = [
+    *((heads, 64, 64, 5, 16, None) for heads in ((2, 2), (14, 2), (8, 1))),
+    *(((8, 2), dim, rotary, 0, 31, None) for dim, rotary in ((96, 96), (128, 128), (96, 24), (12, 12))),
+    *(((4, 2), 64, 64, num_sink, width, cap) for num_sink, width, cap in ((1, 8, 5.0), (40, 128, None))),
+]
+
+
+@pytest.mark.parametrize("dtype", PRODUCTS, ids=str)
+@pytest.mark.parametrize(("heads", "dim", "rotary_dims", "num_sink", "width", "softcap"), MARKS)
+def test_bookmarks_attend_the_same(
+    heads: tuple[int, int], dim: int, rotary_dims: int, num_sink: int, width: int, softcap: float | None,
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Pages of one token, short and full ones, one of them a sink; places behind a page hold NaN."""
+    num_heads, num_kv_heads = heads
+    marks = [noise(4, num, dim, dtype=dtype, seed=num) for num in (num_heads, num_kv_heads, num_kv_heads)]
+    lengths = torch.tensor([1, width - 2, width, width], device=DEVICE)
+    own = [noise(4, width, num_kv_heads, dim, dtype=dtype, seed=seed) for seed in (3, 4)]
+    clean = [x.clone() for x in own]
+    for x in own:
+        x[torch.arange(width, device=DEVICE) >= lengths[:, None]] = torch.nan
+    sinks = [noise(1, num_sink, num_kv_heads, dim, dtype=dtype, seed=seed).expand(4, -1, -1, -1) for seed in (5, 6)]
+    is_sink = torch.tensor([False, False, True, False], device=DEVICE)
+    rest = (is_sink, Angles(rotary_dims, dtype), dim**-0.5, softcap)
+    expected = attend_bookmarks(*marks, *clean, lengths, *sinks, *rest)  # type: ignore[arg-type]
+    monkeypatch.setattr(launch, "runs_on", lambda x: True)
+    close(attend_bookmarks(*marks, *own, lengths, *sinks, *rest), expected)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops import launch
 from ..ops.attention import attend_reference
 from ..ops.rotary import rotate
 from .rope_table import RopeTable
@@ -37,8 +38,14 @@ def attend_bookmarks(
     Returns:
         [n, H, D].
     """
-    device = mark_q_nHD.device
     num_sink = sink_k_nSKD.shape[1]
+    parts = (mark_q_nHD, mark_k_nKD, mark_v_nKD, own_k_nQKD, own_v_nQKD, sink_k_nSKD, sink_v_nSKD)
+    if _at_once(parts):
+        from ..ops.bookmark_kernel import attend_bookmarks as attend_at_once
+
+        found: Tensor = attend_at_once(*parts[:5], own_lengths_n, *parts[5:], is_sink_n, *rope.tables, scale, softcap)
+        return found
+    device = mark_q_nHD.device
     base_n = torch.where(is_sink_n, 0, num_sink)
     inside = torch.arange(own_k_nQKD.shape[1], device=device)
     sink_positions = torch.arange(num_sink, device=device).expand(len(base_n), -1)
@@ -50,3 +57,11 @@ def attend_bookmarks(
     values = torch.cat([sink_v_nSKD, own_v_nQKD, mark_v_nKD[:, None]], 1)
     query = rotate(mark_q_nHD[:, None], cos[:, -1:, None], sin[:, -1:, None])
     return attend_reference(query, keys, values, allowed[:, None], scale, softcap)[:, 0]
+
+
+def _at_once(parts: tuple[Tensor, ...]) -> bool:
+    """Whether one kernel can do it: in float32 or less, without gradients, up to 16 query heads per KV head."""
+    first, keys = parts[:2]
+    plain = not (torch.is_grad_enabled() and any(x.requires_grad for x in parts))
+    fits = first.shape[1] <= 16 * keys.shape[1] and all(x.stride(-1) == 1 and x.dtype == first.dtype for x in parts)
+    return plain and fits and first.dtype != torch.float64 and launch.runs_on(first)

@@ -53,6 +53,11 @@ class RopeTable:
     def rotary_dims(self) -> int:
         return self._cos.shape[-1]
 
+    @property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """Cos and sin of all positions that were required so far, [positions, R]."""
+        return self._cos, self._sin
+
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cos and sin, each [..., R], at int64 `positions` [...]."""
         positions = positions.to(self._cos.device)
