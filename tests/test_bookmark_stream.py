@@ -8,6 +8,8 @@ from torch import Tensor
 
 from dense_reference import Sequence, reference_scores
 from retrolm.config import RetroConfig
+from retrolm.engine import dense_pass as dense_pass_module
+from retrolm.engine import prefill_layers
 from retrolm.engine.bookmark_stream import bookmark_stream, page_scores
 from retrolm.engine.dense_pass import dense_pass
 from retrolm.engine.model import RetroLM
@@ -169,3 +171,24 @@ def test_several_questions_are_as_each_alone(name: str, num_prefix: int, lengths
             for layer in range(lm.backbone.num_layers):
                 found = page_scores(states, layer, together.num_questions)[row, number, : alone.shape[1]]
                 assert torch.allclose(found.double(), alone[layer].double(), atol=1e-5), (layer, row, number)
+
+
+@pytest.mark.parametrize("mlp_rows", [7, 4096])
+@pytest.mark.parametrize("name", ["llama", "mistral-sliding", "qwen2", "qwen3"])
+def test_the_engines_own_layers_read_as_the_stock_ones(
+    name: str, mlp_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: keys and values of texts with several questions, one of them shorter."""
+    monkeypatch.setattr(prefill_layers, "_MLP_ROWS", mlp_rows)
+    lm = attached(name)
+    texts, questions = [random_ids(n, n).tolist() for n in (29, 18)], [random_ids(n, n).tolist() for n in (3, 11)]
+    further = [[random_ids(6, row).tolist()] for row in range(2)]
+    batch = page_batch(random_ids(5, 1).tolist(), texts, questions, W, pad_id=0, further=further)
+    expected = dense_pass(lm.backbone, lm.attachment, batch)
+    monkeypatch.setattr(dense_pass_module, "can_fuse", prefill_layers.is_plain)
+    assert prefill_layers.is_plain(lm.backbone)
+    monkeypatch.setattr(lm.backbone.decoder, "forward", None)
+    found = dense_pass(lm.backbone, lm.attachment, batch)
+    assert len(found.keys) == len(found.values) == lm.backbone.num_layers
+    for one, other in zip(found.keys + found.values, expected.keys + expected.values, strict=True):
+        assert (one - other).abs().max() <= 2e-6 * other.abs().max()

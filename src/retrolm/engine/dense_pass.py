@@ -14,6 +14,7 @@ from ..ops.rotary import rotate, unscaled
 from .attachment import Attachment, PassIsOver
 from .backbone import Backbone
 from .page_batch import PageBatch
+from .prefill_layers import can_fuse, fused_rows
 from .question_attention import SeparateQuestions
 from .rope_table import RopeTable
 
@@ -87,9 +88,10 @@ def dense_pass(
     questions = SeparateQuestions(batch) if batch.num_questions > 1 else None
     program = DenseProgram(backbone, observe, questions)
     with attachment.run(program), shapes_may_vary(backbone.device):
-        backbone.decoder(
-            inputs_embeds=backbone.embed(batch.tokens_BT),
-            position_ids=torch.zeros_like(batch.tokens_BT, device=backbone.device),
-            use_cache=False,
-        )
+        rows = backbone.embed(batch.tokens_BT)
+        if can_fuse(backbone):
+            fused_rows(backbone, program, rows, wanted=False)
+        else:
+            positions = torch.zeros_like(batch.tokens_BT, device=backbone.device)
+            backbone.decoder(inputs_embeds=rows, position_ids=positions, use_cache=False)
     return program.states
