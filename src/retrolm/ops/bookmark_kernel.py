@@ -36,8 +36,8 @@ def _turned(left, right, c, s):
     """Both halves of rotated vectors, rounded as `rotary.rotate` does."""
     kind = left.dtype
     a, b = left.to(tl.float32), right.to(tl.float32)
-    first = ((a * c).to(kind).to(tl.float32) - b * s).to(kind)
-    second = ((b * c).to(kind).to(tl.float32) + a * s).to(kind)
+    first = tl.fma(-b, s, (a * c).to(kind).to(tl.float32)).to(kind)
+    second = tl.fma(a, s, (b * c).to(kind).to(tl.float32)).to(kind)
     return first, second
 
 

@@ -31,8 +31,11 @@ def _rotate(
     right = tl.load(source + HALF + low, mask=inside, other=0.0).to(WIDE)
     cosine = tl.load(cos + angle + low, mask=inside, other=0.0).to(kind).to(WIDE)
     sine = tl.load(sin + angle + low, mask=inside, other=0.0).to(kind).to(WIDE)
-    tl.store(target + low, ((left * cosine).to(kind).to(WIDE) - right * sine).to(kind), mask=inside)
-    tl.store(target + HALF + low, ((right * cosine).to(kind).to(WIDE) + left * sine).to(kind), mask=inside)
+    # Written as fma, so that every kernel that rotates gives the same bits.
+    low_turned = tl.fma(-right, sine, (left * cosine).to(kind).to(WIDE))
+    high_turned = tl.fma(left, sine, (right * cosine).to(kind).to(WIDE))
+    tl.store(target + low, low_turned.to(kind), mask=inside)
+    tl.store(target + HALF + low, high_turned.to(kind), mask=inside)
     if REST_BLOCK > 0:
         rest = 2 * HALF + tl.arange(0, REST_BLOCK)[None, :]
         inside = there[:, None] & (rest < D)

@@ -107,9 +107,10 @@ def _gather(
     s = tl.load(sin + angle, mask=inside, other=0.0).to(WIDE)
     left = _part(first, second, half, W, rows, low, inside, True, K, D, BITS, STORED, OUT).to(WIDE)
     right = _part(first, second, half, W, rows, low + HALF, inside, True, K, D, BITS, STORED, OUT).to(WIDE)
-    turned = (left * c).to(OUT).to(WIDE) - right * s
+    # Written as fma, or compilers choose which product is rounded first, and quantised pages tell by a whole step.
+    turned = tl.fma(-right, s, (left * c).to(OUT).to(WIDE))
     tl.store(keys + target[:, None] + low[None, :], turned.to(OUT), mask=inside)
-    turned = (right * c).to(OUT).to(WIDE) + left * s
+    turned = tl.fma(left, s, (right * c).to(OUT).to(WIDE))
     tl.store(keys + target[:, None] + (low + HALF)[None, :], turned.to(OUT), mask=inside)
     if REST_BLOCK > 0:
         rest = 2 * HALF + tl.arange(0, REST_BLOCK)
