@@ -127,8 +127,8 @@ class Encoder:
         if not logits:
             backbone.decoder(**kwargs)
             return None
-        found: Tensor = backbone.model(**kwargs, logits_to_keep=torch.arange(num_rows)).logits[0]
-        return found
+        found: Tensor = backbone.model(**kwargs).logits[0]  # places to keep would have to be where the last layer is
+        return found[:num_rows]
 
     def _assert_positions(self, chunk: Chunk) -> None:
         """However long the text, no page begins beyond the budget (or beyond what a kept sliding window reaches).
