@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import Tensor
 
 from dense_reference import Sequence, reference_scores
 from retrolm.config import RetroConfig
+from retrolm.engine import bookmark_stream as bookmark_stream_module
 from retrolm.engine import dense_pass as dense_pass_module
 from retrolm.engine import prefill_layers
 from retrolm.engine.bookmark_stream import bookmark_stream, page_scores
@@ -21,6 +24,7 @@ from tiny_tokenizer import STORY, tiny_tokenizer
 
 W = 8
 FAMILIES = ("llama", "llama-mqa", "llama-yarn", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "mistral-sliding")
+PLAIN = ("llama", "mistral-sliding", "qwen2", "qwen3")  # the engine has layers of its own for these
 
 
 def attached(name: str) -> RetroLM:
@@ -55,12 +59,20 @@ def sequences(num_prefix: int) -> tuple[PageBatch, list[Sequence]]:
 
 
 @pytest.mark.parametrize("num_prefix", [0, 5])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_values_and_gradients_equal_the_dense_reference(name: str, num_prefix: int) -> None:
+@pytest.mark.parametrize(("name", "own"), [(name, False) for name in FAMILIES] + [(name, True) for name in PLAIN])
+def test_values_and_gradients_equal_the_dense_reference(
+    name: str, own: bool, num_prefix: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the stock layers, and through the engine's own, as on a GPU."""
     lm = attached(name)
+    own_rows = mock.Mock(side_effect=bookmark_stream_module.stream_rows)
+    if own:
+        monkeypatch.setattr(bookmark_stream_module, "can_fuse", prefill_layers.is_plain)
+        monkeypatch.setattr(bookmark_stream_module, "stream_rows", own_rows)
     retriever = random_retriever(lm, 0).double()
     batch, singles = sequences(num_prefix)
     found = stream_scores(lm, retriever, batch)
+    assert own_rows.called == own
     generator = torch.Generator().manual_seed(0)
     loss = torch.zeros((), dtype=torch.float64)
     expected_loss = torch.zeros((), dtype=torch.float64)
@@ -174,7 +186,7 @@ def test_several_questions_are_as_each_alone(name: str, num_prefix: int, lengths
 
 
 @pytest.mark.parametrize("mlp_rows", [7, 4096])
-@pytest.mark.parametrize("name", ["llama", "mistral-sliding", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", PLAIN)
 def test_the_engines_own_layers_read_as_the_stock_ones(
     name: str, mlp_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

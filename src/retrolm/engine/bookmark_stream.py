@@ -22,7 +22,9 @@ from .backbone import Backbone
 from .bookmark_sets import BookmarkSets
 from .dense_pass import DenseStates
 from .page_batch import PageBatch
+from .prefill_layers import can_fuse
 from .rope_table import RopeTable
+from .stream_layers import stream_rows
 
 
 @dataclass
@@ -136,12 +138,13 @@ def bookmark_stream(
     backbone.require_positions(_num_sink(batch) + batch.sizes.widest + 2)
     program = BookmarkProgram(backbone, retriever, batch, dense, config or RetroConfig())
     B, M = batch.lengths_BM.shape
+    rows = bookmark.to(backbone.dtype).expand(B, M, -1)
     with attachment.run(program), shapes_may_vary(backbone.device):
-        backbone.decoder(
-            inputs_embeds=bookmark.to(backbone.dtype).expand(B, M, -1),
-            position_ids=torch.zeros(B, M, dtype=torch.int64, device=backbone.device),
-            use_cache=False,
-        )
+        if can_fuse(backbone):
+            stream_rows(backbone, program, rows)
+        else:
+            positions = torch.zeros(B, M, dtype=torch.int64, device=backbone.device)
+            backbone.decoder(inputs_embeds=rows, position_ids=positions, use_cache=False)
     return program.states
 
 
