@@ -188,7 +188,7 @@ def test_speed_is_measured_beside_the_stock_forward_pass(tmp_path: Path) -> None
     start = bits(trainer.step_module)
     found = training_speed(trainer, 2)
     assert found["num_tokens"] > 0 and found["num_batches"] == 2
-    for part in ("forward", "forward_again", "training"):
+    for part in ("forward", "forward_again", "training", "training_in_turn"):
         assert found[part]["tokens_per_s"] == pytest.approx(found["num_tokens"] / found[part]["seconds"])
     for name, forward in (("overhead", "forward"), ("overhead_again", "forward_again")):
         assert found[name] == pytest.approx(found["training"]["seconds"] / found[forward]["seconds"] - 1)

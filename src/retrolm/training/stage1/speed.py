@@ -30,6 +30,7 @@ def training_speed(trainer: Stage1Trainer, num_batches: int) -> Figures:
             while gradients are computed, as long as there are any);
         "forward", "forward_again": the same of the stock model, which may plan its kernels anew for each batch's shape
             the first time, as it would on fresh batches, and has them the second time;
+        "training_in_turn": training without reading ahead (see `ReadAhead`), over the same batches, kept in memory;
         "overhead", "overhead_again": how much longer training takes than either, as a share of it;
         "parts": for each of `PARTS` seconds, with the device waited for before and after, and host_s, the time until
             its work was handed to the device (as long as `seconds` where launching is what takes the time). Taken
@@ -46,6 +47,8 @@ def training_speed(trainer: Stage1Trainer, num_batches: int) -> Figures:
     taken = loader.taken[num_before:]
     there = [batch.to(trainer.lm.device) for batch in taken]
     found |= {name: _timed(trainer, lambda: _forward(trainer, there)) for name in ("forward", "forward_again")}
+    in_turn = trainer.reading(iter(taken), ahead=False)
+    found["training_in_turn"] = _timed(trainer, lambda: _train(trainer, in_turn, num_batches))
     num_tokens = sum(batch.pages.num_tokens for batch in taken)
     for figures in found.values():
         figures["tokens_per_s"] = num_tokens / figures["seconds"]
