@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,16 +11,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from ..errors import UserError, unknown
 from .backbone import check_family
 from .placement import device_of
+from .pull import CARD
 
 
 def load_model(folder: str, dtype: Any, device_map: Any, model_options: dict[str, Any]) -> tuple[Any, Any]:
     """Load model and tokenizer from a folder or hub id; a CUDA device is used if there is one.
+
+    dtype "auto" is what the model's config says; demo backbones compute in float32 on a CPU, in bfloat16 on a GPU.
 
     Raises:
         UserError: unknown dtype, or nothing that loads; UnsupportedModelError: a family RetroLM can't attach to.
     """
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise unknown("dtype", dtype, ("auto", "bfloat16", "float16", "float32"))
+    if dtype == "auto" and torch.cuda.is_available() and (Path(folder) / CARD).is_file():
+        dtype = torch.bfloat16  # pulled models say float32, which is for CPUs
     try:
         check_family(AutoConfig.from_pretrained(folder).get_text_config())
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device_map, **model_options)

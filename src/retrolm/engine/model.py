@@ -113,7 +113,8 @@ class RetroLM:
                 None = untrained.
             adapter: folder of a LoRA adapter (stage 2, or PEFT's); bookmark rows go past it.
             method: name of the method (`retrolm methods`). method_options: its knobs.
-            dtype, device_map: as transformers' `from_pretrained`; by default a CUDA device is used if there is one.
+            dtype, device_map: as transformers' `from_pretrained`; by default a CUDA device is used if there is one,
+                and demo backbones compute in bfloat16 there (in float32 on a CPU).
             model_options: further arguments for transformers' `from_pretrained` (quantization_config, …).
             options: fields of `RetroConfig` (kv_budget, page_size, …).
 

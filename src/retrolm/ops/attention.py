@@ -139,8 +139,20 @@ def head_major(like_NTHD: Tensor) -> Tensor:
 def _attend_causal(q_NQHD: Tensor, k_NTKD: Tensor, v_NTKD: Tensor, scale: float) -> Tensor:
     mask = causal_lower_right(q_NQHD.shape[1], k_NTKD.shape[1])
     q, k, v = (x.transpose(1, 2) for x in (q_NQHD, k_NTKD, v_NTKD))
+    k, v = ungrouped(q, k, v)
     out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2)
+
+
+def ungrouped(q_NHQD: Tensor, k_NKTD: Tensor, v_NKTD: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values as CUDA's kernels want them: per query head in float32, where no kernel knows groups.
+
+    With `enable_gqa` PyTorch would fall back to a Q × T matrix of weights per head.
+    """
+    group = q_NHQD.shape[1] // k_NKTD.shape[1]
+    if group == 1 or not q_NHQD.is_cuda or q_NHQD.dtype in (torch.float16, torch.bfloat16):
+        return k_NKTD, v_NKTD
+    return k_NKTD.repeat_interleave(group, 1), v_NKTD.repeat_interleave(group, 1)
 
 
 def _splits(*parts: Tensor) -> bool:

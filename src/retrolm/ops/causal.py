@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .attention import attend, bias_from
+from .attention import attend, bias_from, ungrouped
 
 # Weights held at once: 128 MiB in float32 on an accelerator; on a CPU what its caches hold (four times as fast).
 _BLOCK_ELEMENTS = 1 << 25
@@ -33,8 +33,9 @@ def causal_attention(
     """
     B, H, T, _ = q_BHTD.shape
     if softcap is None and (window is None or window >= T):
-        grouped = k_BKTD.shape[1] != H
-        return scaled_dot_product_attention(q_BHTD, k_BKTD, v_BKTD, is_causal=True, scale=scale, enable_gqa=grouped)
+        k, v = ungrouped(q_BHTD, k_BKTD, v_BKTD)
+        grouped = k.shape[1] != H
+        return scaled_dot_product_attention(q_BHTD, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     out = torch.empty_like(q_BHTD)
     for start, end in _row_blocks(T, B * H, q_BHTD.device):
         first = 0 if window is None else max(start - window + 1, 0)
