@@ -24,6 +24,7 @@ class PageGroup:
         room: pages besides the sinks each page may attend. end: compact position of each page's first token.
         pinned: ordinals that are always attended besides sink and local pages.
         last_probe: probe of the group's last page by layer, for causal selection of what follows.
+        moves: what `page_records` works out once for all layers.
     """
 
     table: PageTable
@@ -36,6 +37,7 @@ class PageGroup:
     pinned: tuple[int, ...] = ()
     is_query: bool = False
     last_probe: dict[int, Tensor] = field(default_factory=dict)
+    moves: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.num_past)

@@ -42,11 +42,12 @@ class PageChooser:
 
     def __init__(self, parts: PrefillParts) -> None:
         self._parts = parts
+        self._sizes: dict[tuple[object, ...], list[int]] = {}
         self._limits: dict[tuple[object, ...], tuple[list[int], list[int], tuple[Tensor, Tensor]]] = {}
 
     def choose(self, layer: int, group: PageGroup, on: GroupTensors, pages: PageTensors) -> PageSets:
         """Keep the digests of `pages`, and choose for them."""
-        sizes = self.set_sizes(layer, group)
+        sizes = self._sizes_of(layer, group)
         if not self._parts.backbone.retrieves(layer):
             return PageSets(sizes, 0, _most_recent(group, sizes).to(on.ordinals.device, non_blocking=True))
         method = self._parts.method_for(layer)
@@ -63,6 +64,15 @@ class PageChooser:
         by_head = scores_nKP.shape[1] > 1
         scores = scores_nKP.sum(1) if by_head else scores_nKP[:, 0]
         return PageSets(sizes, num_dense, picked, scores if self._parts.scores_pages(layer) else None, by_head)
+
+    def _sizes_of(self, layer: int, group: PageGroup) -> list[int]:
+        """`set_sizes`, worked out once for layers that agree."""
+        backbone = self._parts.backbone
+        window = None if backbone.retrieves(layer) else backbone.layers[layer].window
+        key = (id(group), window, self._parts.attends_all(layer))
+        if key not in self._sizes:
+            self._sizes[key] = self.set_sizes(layer, group)
+        return self._sizes[key]
 
     def set_sizes(self, layer: int, group: PageGroup) -> list[int]:
         """How many pages each page of `group` attends before itself."""
