@@ -152,7 +152,7 @@ def test_questions_and_turns_do_not_wait(no_waiting: None) -> None:
 
 
 def test_a_wait_would_show(no_waiting: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    stock = PageRows.room
-    monkeypatch.setattr(PageRows, "room", lambda self, packed: stock(self, packed * float(packed.sum() * 0 + 1)))
+    stock = PageRows.by_page
+    monkeypatch.setattr(PageRows, "by_page", lambda self, packed: stock(self, packed * float(packed.sum() * 0 + 1)))
     with pytest.raises(RuntimeError, match="synchroniz"):
         make("llama", torch.float32).logits(random_ids(100))

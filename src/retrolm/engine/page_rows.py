@@ -1,14 +1,27 @@
-"""Rows of a chunk: packed for the stock layers, which then work on no padding; page by page for attention.
+"""Rows of a chunk: packed for the stock layers and for attention, which then work on no padding; page by page for what
+is stored and scored.
 
-Shape letters: T tokens of the chunk, N pages, Q places of each, H heads, D head dim.
+Shape letters: T tokens of the chunk, N pages, Q places of each, H query heads, K KV heads, D head dim.
 """
 
 from __future__ import annotations
+
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .chunk import Chunk
+
+
+class TokenRows(NamedTuple):
+    """The tokens of some pages behind each other: what attention reads, before RoPE, and where it writes."""
+
+    q_THD: Tensor
+    k_TKD: Tensor
+    v_TKD: Tensor
+    out_THD: Tensor
 
 
 class PageRows:
@@ -20,7 +33,9 @@ class PageRows:
 
     def __init__(self, chunk: Chunk) -> None:
         self._shape = (chunk.num_pages, chunk.width)
-        inside = torch.arange(chunk.width) < chunk.page_lengths()[:, None]
+        lengths = chunk.page_lengths()
+        self._bounds = [0, *accumulate(lengths.tolist())]
+        inside = torch.arange(chunk.width) < lengths[:, None]
         self._places = inside.flatten().nonzero().flatten()
         self.num_tokens = len(self._places)
         self._has_padding = self.num_tokens < inside.numel()
@@ -33,16 +48,9 @@ class PageRows:
         padded = x_THD.new_zeros(self._shape[0] * self._shape[1], *x_THD.shape[1:])
         return padded.index_copy_(0, self._on(x_THD.device), x_THD).unflatten(0, self._shape)
 
-    def room(self, packed_THD: Tensor) -> Tensor:
-        """Where to write results page by page, before `pack` brings them to `packed_THD`."""
-        if not self._has_padding:
-            return packed_THD.unflatten(0, self._shape)
-        return packed_THD.new_empty(*self._shape, *packed_THD.shape[1:])
-
-    def pack(self, room_NQHD: Tensor, packed_THD: Tensor) -> None:
-        """Bring what was written into `room` to its packed place."""
-        if self._has_padding:
-            packed_THD.copy_(room_NQHD.flatten(0, 1).index_select(0, self._on(room_NQHD.device)))
+    def of_pages(self, pages: slice) -> slice:
+        """Where the tokens of consecutive pages stand."""
+        return slice(self._bounds[pages.start], self._bounds[pages.stop])
 
     def _on(self, device: torch.device) -> Tensor:
         if device not in self._there:

@@ -21,7 +21,7 @@ from .group_tensors import GroupTensors
 from .layer_call import LayerCall
 from .page_choice import PageChooser, PageSets
 from .page_records import page_records
-from .page_rows import PageRows
+from .page_rows import PageRows, TokenRows
 from .prefill_parts import PrefillParts
 from .set_attention import SetAttention
 
@@ -76,20 +76,26 @@ class PrefillProgram:
         q, k = (unscaled(x[0].transpose(0, 1), rope.scaling, rope.rotary_dims) for x in (q, k))
         v = v[0].transpose(0, 1)
         T = self._rows.num_tokens
-        q_NQHD, k_NQKD, v_NQKD = (self._rows.by_page(x[:T]) for x in (q, k, v))
+        k_NQKD, v_NQKD = (self._rows.by_page(x[:T]) for x in (k, v))
         marks = (q[T:], k[T:], v[T:])
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        out_NQHD, out_marks = self._rows.room(out[:T]), out[T:]
+        out_marks = out[T:]
         groups = self._groups(q.device)
-        chosen = self._choose(layer, groups, q_NQHD, k_NQKD, v_NQKD, marks)
+        chosen = self._choose(layer, groups, self._queries(layer, q[:T]), k_NQKD, v_NQKD, marks)
         for (where, group, tensors, own_sets), sets in zip(groups, chosen, strict=True):
-            own_sets.attend(call, tensors, sets, q_NQHD[where], out_NQHD[where])
+            rows = self._rows.of_pages(where)
+            own_sets.attend(call, tensors, sets, TokenRows(q[rows], k[rows], v[rows], out[rows]))
             if self.num_bookmarks:
                 own_marks = (marks[0][where], marks[1][where], marks[2][where])
                 own_k, own_v = k_NQKD[where], v_NQKD[where]
                 out_marks[where] = attend_bookmark_rows(self.parts, call, group, tensors, own_marks, own_k, own_v)
-        self._rows.pack(out_NQHD, out[:T])
         return out[None]
+
+    def _queries(self, layer: int, q_THD: Tensor) -> Tensor:
+        """Queries page by page for methods that look at them, else none."""
+        if self.parts.method_for(layer).reads_queries:
+            return self._rows.by_page(q_THD)
+        return q_THD.new_empty(self.chunk.num_pages, 0, *q_THD.shape[1:])
 
     def _choose(
         self,
@@ -139,7 +145,7 @@ class PrefillProgram:
         pages = PageTensors(layer, q_nQHD, k_nQKD, tensors.own_tokens, tensors.ordinals)
         if self.parts.method.needs_rope:
             rope, pages.page_size = self.parts.backbone.rope(layer), self.parts.config.page_size
-            rope.require((max(group.num_past) + 1) * pages.page_size + q_nQHD.shape[1])
+            rope.require((max(group.num_past) + 1) * pages.page_size + self.chunk.width)
             pages.rope = rope.at
         if self.num_bookmarks:
             keys = marks[1]

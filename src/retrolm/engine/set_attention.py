@@ -6,6 +6,8 @@ H, K, D heads.
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from .group_tensors import GroupTensors
 from .head_sets import fold_queries, own_head, write_folded
 from .layer_call import LayerCall
 from .page_choice import PageSets
+from .page_rows import TokenRows
 from .prefill_parts import PrefillParts
 from .set_runs import SetRun, most_pages, set_runs
 
@@ -37,33 +40,31 @@ class SetAttention:
         self._runs: dict[tuple[object, ...], list[SetRun]] = {}
         self._layouts: dict[tuple[object, ...], SetLayout] = {}
         self._blocks: dict[int, DenseBlock] = {}
+        self._bounds = [0, *accumulate(group.lengths.sum(1).tolist())]
         self.attended: list[Tensor] = []
 
-    def attend(self, call: LayerCall, on: GroupTensors, sets: PageSets, q_nQHD: Tensor, out: Tensor) -> None:
-        """Fill `out` [n, Q, H, D] where there are tokens."""
+    def attend(self, call: LayerCall, on: GroupTensors, sets: PageSets, rows: TokenRows) -> None:
+        """Fill the output of the group's `rows`."""
         if sets.num_dense:
-            self._attend_block(call, on, sets.num_dense, q_nQHD, out)
+            self._attend_block(call, on, sets.num_dense, rows)
         for run in self._runs_of(call.layer, sets):
-            self._attend_run(call, on, sets, run, q_nQHD, out)
+            self._attend_run(call, on, sets, run, rows)
 
-    def _attend_block(self, call: LayerCall, on: GroupTensors, num_pages: int, q_nQHD: Tensor, out: Tensor) -> None:
+    def _attend_block(self, call: LayerCall, on: GroupTensors, num_pages: int, rows: TokenRows) -> None:
         if num_pages not in self._blocks:
             self._blocks[num_pages] = DenseBlock(self._parts, self._group, num_pages)
         block = self._blocks[num_pages]
-        block.attend(call, on, q_nQHD[:num_pages], out[:num_pages])
+        block.attend(call, on, TokenRows(*(x[: self._bounds[num_pages]] for x in rows)))
         if self._parts.backbone.retrieves(call.layer):
             self.attended.append(torch.tensor(block.num_tokens))
 
-    def _attend_run(
-        self, call: LayerCall, on: GroupTensors, sets: PageSets, run: SetRun, q_nQHD: Tensor, out: Tensor
-    ) -> None:
+    def _attend_run(self, call: LayerCall, on: GroupTensors, sets: PageSets, run: SetRun, rows: TokenRows) -> None:
         assert sets.picked_nS is not None
         heads = self._parts.backbone.num_kv_heads if sets.by_head else 1
-        rows = slice(run.rows.start * heads, run.rows.stop * heads)
-        picked = sets.picked_nS[rows, sets.picked_nS.shape[1] - run.size :]
+        picked = sets.picked_nS[run.rows.start * heads : run.rows.stop * heads, sets.picked_nS.shape[1] - run.size :]
         layout = self._layout(call.layer, on, run, picked)
         keys, values = self._gather(call.layer, on, run.rows, picked, layout)
-        q, out = (x[run.rows, : layout.cos_q.shape[1]] for x in (q_nQHD, out))
+        q, out = (self._by_page(x, run) for x in (rows.q_THD, rows.out_THD))
         if sets.by_head:
             keys, values, q = own_head(keys, heads), own_head(values, heads), fold_queries(q, heads)
         q = rotate(q, layout.cos_q, layout.sin_q, out=head_major(q))
@@ -75,6 +76,11 @@ class SetAttention:
             write_folded(found, out)
         if self._capture is not None:
             self._capture.keep(_kept(sets, keys, values, layout, picked))
+
+    def _by_page(self, x_THD: Tensor, run: SetRun) -> Tensor:
+        """The rows of a run's pages, which are equally long: a view [n, Q, H, D]."""
+        first, last = self._bounds[run.rows.start], self._bounds[run.rows.stop]
+        return x_THD[first:last].unflatten(0, (run.rows.stop - run.rows.start, -1))
 
     def _gather(
         self, layer: int, on: GroupTensors, rows: slice, picked_nS: Tensor, layout: SetLayout

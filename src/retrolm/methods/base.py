@@ -134,7 +134,7 @@ class PageTensors:
     """What a method may look at of freshly encoded pages in one layer. Queries and keys are before RoPE.
 
     Attributes:
-        q_NWHD, k_NWKD: rows at or past `lengths` are padding.
+        q_NWHD, k_NWKD: rows at or past `lengths` are padding. There are no queries if the method reads none.
         lengths: tokens of each page, int64 [N].
         ordinals: index of each page in its document, int64 [N].
         bookmark_q_NHD, bookmark_k_NKD: the bookmarks' rows, if the method asks for bookmarks; keys without the
@@ -174,6 +174,7 @@ class PageMethod(Method, ABC):
     when = "each page while reading, once per question"
     config_fields = None
     needs_rope: ClassVar[bool] = False  # whether it wants `rope` and `page_size`
+    reads_queries: ClassVar[bool] = True  # whether it looks at normal tokens' queries
     digest_is_place: ClassVar[bool] = False  # whether `digest` looks at `ordinals` alone
 
     @abstractmethod

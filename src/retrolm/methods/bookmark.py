@@ -21,6 +21,7 @@ class BookmarkMethod(ScoresHeads):
     index = "key of the page's bookmark"
     query = "query of the current page's bookmark"
     needs_bookmarks = True
+    reads_queries = False
 
     def digest(self, pages: PageTensors) -> Tensor:
         assert pages.bookmark_k_NKD is not None

@@ -18,6 +18,7 @@ class RandomMethod(PageMethod):
     summary = "pages at random, from a fixed hash"
     index = "none: a hash"
     digest_is_place = True
+    reads_queries = False
 
     def digest(self, pages: PageTensors) -> Tensor:
         return (pages.ordinals[:, None] + 1).double()

@@ -16,6 +16,7 @@ class RecencyMethod(PageMethod):
     summary = "sink and the most recent pages; no index"
     index = "place in the text"
     digest_is_place = True
+    reads_queries = False
 
     def digest(self, pages: PageTensors) -> Tensor:
         return pages.ordinals[:, None].float()
