@@ -24,6 +24,7 @@ class Rule:
     """What a method lets tokens see; `begin` and `saw` keep its books, layer by layer."""
 
     reader: NaiveTokens
+    question: tuple[int, ...] = ()  # ids that the method may look at before it reads
 
     def begin(self, layer: int, start: int, stop: int, queries: Vectors, keys: Vectors, answering: bool) -> None:
         """A chunk of tokens [start, stop) comes in; keys of all tokens so far, before RoPE."""
@@ -466,3 +467,98 @@ def _looks_back(weights: list[list[float]], ids: list[int], num_random: int, beh
     for row in rows:
         total += sum(weights[row][j + behind] for j in range(row) if ids[j] == ids[row])
     return total / len(rows)
+
+
+class ActQKV(InfLLM):
+    """InfLLM's blocks, ranked by the cosine with queries weighted by how unusual they are; fewer in some layers."""
+
+    def __init__(
+        self, sizes: tuple[int, int, int, int, int], least: int, share: float, steps: int, heat: float
+    ) -> None:
+        super().__init__(*sizes)
+        self.least, self.share, self.steps, self.heat = least, share, steps, heat
+        self.past: dict[int, list[np.ndarray]] = {}
+        self.asked: dict[int, np.ndarray] = {}
+        self.entropies: dict[int, list[float]] = {}
+        self.left = 0.0
+        self.taken: list[tuple[int, int]] = []
+
+    def begin(self, layer: int, start: int, stop: int, queries: Vectors, keys: Vectors, answering: bool) -> None:
+        first, waiting = self.first.setdefault(layer, []), self.waiting.setdefault(layer, [])
+        blocks, represents = self.blocks.setdefault(layer, []), self.represents.setdefault(layer, [])
+        self._move(layer, first, waiting, keys)
+        rows = self._far(layer, queries)
+        if not answering:
+            self.past.setdefault(layer, []).extend(rows)
+        probe = rows[-1] if answering else self._weighted(rows, self.past[layer])
+        scores = [self._cosine(probe, rep.ravel()) for rep in represents]
+        if self.question and not answering:
+            asked = self._asked(layer)
+            scores = [s + 4.0 * self._cosine(asked, rep.ravel()) for s, rep in zip(scores, represents, strict=True)]
+        if scores:
+            self.entropies.setdefault(layer, []).append(self._entropy(scores))
+        count = self._count(layer, len(scores)) if answering else self.top_k
+        best = sorted(range(len(blocks)), key=lambda n: scores[n], reverse=True)[:count]
+        self.chosen[layer] = {j for n in best for j in blocks[n]}
+        waiting += list(range(start, stop))
+
+    def _far(self, layer: int, queries: Vectors) -> list[np.ndarray]:
+        return [self.reader._turn(layer, query, self.window - 1).ravel() for query in queries]
+
+    def _weighted(self, rows: list[np.ndarray], past: list[np.ndarray]) -> np.ndarray:
+        mean, variance = np.mean(past, axis=0), np.var(past, axis=0)
+        floor = 0.01 * variance.mean()
+        with np.errstate(invalid="ignore"):
+            biases = [float(np.nan_to_num((row - mean) ** 2 / (variance + floor)).mean()) for row in rows]
+        total = sum(biases)
+        shares = [bias / total if total > 0 else 1 / len(rows) for bias in biases]
+        return np.sum([share * row for share, row in zip(shares, rows, strict=True)], axis=0)
+
+    def _asked(self, layer: int) -> np.ndarray:
+        if not self.asked:
+            alone = Listener()
+            reader = NaiveTokens(self.reader.model, alone)
+            reader.chunk(list(self.question))
+            for index, queries in alone.heard.items():
+                rows = self._far(index, queries)
+                self.asked[index] = self._weighted(rows, rows)
+        return self.asked[layer]
+
+    def _cosine(self, a: np.ndarray, b: np.ndarray) -> float:
+        return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+    def _entropy(self, scores: list[float]) -> float:
+        parts = np.exp((np.array(scores) - max(scores)) / self.heat)
+        parts /= parts.sum()
+        total = -sum(p * np.log(p) for p in parts.tolist() if p > 0)
+        return float(total / np.log(max(len(scores), 2)))
+
+    def _count(self, layer: int, num_blocks: int) -> int:
+        reader = self.reader
+        layers = [i for i in range(len(reader.keys)) if not reader._keeps_window(i)]
+        if layer == layers[0]:
+            self.left = self.share * self.top_k * len(layers)
+        if not num_blocks:
+            return 0
+        later = [i for i in layers if i >= layer]
+        wanted = self.left / len(later)
+        if all(len(self.entropies.get(i, [])) >= self.steps for i in layers):
+            means = [float(np.mean(self.entropies[i][-self.steps :])) for i in later]
+            wanted = self.left * means[0] / sum(means) if sum(means) else 0.0
+        taken = max(min(round(wanted), self.top_k, num_blocks), min(self.least, num_blocks))
+        self.left -= taken
+        self.taken.append((layer, taken))
+        return taken
+
+
+class Listener(Rule):
+    """Attends everything and keeps the queries of each layer."""
+
+    def __init__(self) -> None:
+        self.heard: dict[int, Vectors] = {}
+
+    def begin(self, layer: int, start: int, stop: int, queries: Vectors, keys: Vectors, answering: bool) -> None:
+        self.heard[layer] = queries
+
+    def sees(self, layer: int, token: int, head: int) -> Seen:
+        return [(j, token - j) for j in range(token + 1)]

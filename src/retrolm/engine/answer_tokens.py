@@ -15,6 +15,7 @@ from ..methods.token_base import RepeatScores, TokenMethod
 from .answering import PROGRAMS, Outcome, Prompt, PromptProgram, prompt_answer
 from .generate_options import GenerateOptions
 from .generation import FirstToken, ended
+from .question_reading import read_questions
 from .repeat_reading import repeat_scores
 from .results import Answer, Timings
 from .stock import left_padded
@@ -62,7 +63,7 @@ class TokenProgram(PromptProgram):
         if not all(rows):
             raise UserError("Nothing to answer: a prompt has no tokens.")
         stream = self._stream(len(rows), max(map(len, rows)) + max_new_tokens)
-        found = self._generate(stream, rows, max_new_tokens, checked)
+        found = self._generate(stream, prompts, max_new_tokens, checked)
         return self._answers(stream, rows, found)
 
     def logits(self, input_ids: Tensor) -> Tensor:
@@ -98,15 +99,19 @@ class TokenProgram(PromptProgram):
 
     @torch.no_grad()
     def _generate(
-        self, stream: TokenStream, rows: list[list[int]], num_tokens: int, checked: GenerateOptions
+        self, stream: TokenStream, prompts: Sequence[Prompt], num_tokens: int, checked: GenerateOptions
     ) -> _Generated:
-        lm, backbone = self.lm, self.lm.backbone
+        lm, backbone, rows = self.lm, self.lm.backbone, [prompt.ids for prompt in prompts]
         longest = max(map(len, rows))
         width = backbone.cache_room(longest - 1, num_tokens) + 1
         input_ids, mask = left_padded(rows, lm.pad_id, width)
         first = FirstToken()
         call = checked.call(num_tokens, first, checked.streamer)
         started = time.perf_counter()
+        if stream.needs_question:
+            stream.questions = read_questions(
+                backbone, lm.attachment, [prompt.question for prompt in prompts], lm.pad_id
+            )
         with lm.attachment.run(stream):
             read_prompts(backbone, stream, [ids[:-1] for ids in rows], lm.pad_id)
             stream.end_prefill()

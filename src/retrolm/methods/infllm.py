@@ -14,7 +14,7 @@ from .token_base import ChunkView, Part, TokenCache, TokenMethod, distance, loca
 
 
 @dataclass(frozen=True)
-class _Split:
+class BlockSplit:
     """Tokens of the budget; `window` is what each query sees of its recent past, `top_k` counts blocks."""
 
     num_init: int
@@ -82,7 +82,7 @@ class InfLLM(TokenMethod):
     def observe(self, view: ChunkView, parts: list[Part], weights: list[Tensor]) -> None:
         view.cache.add_marks(weights[0].sum(2))
 
-    def _far_part(self, view: ChunkView, split: _Split) -> Part:
+    def _far_part(self, view: ChunkView, split: BlockSplit) -> Part:
         """First tokens, chosen blocks and what fills no block yet, for queries whose window doesn't reach them."""
         true_B1T = view.cache.true_BJT
         num_blocks = ((view.starts - split.num_init - split.window) // split.block).clamp(min=0)
@@ -99,7 +99,7 @@ class InfLLM(TokenMethod):
         far = view.true_BQ.clamp(0, 0)
         return Part(places, apart >= split.window, far + split.window - 1, true_BJS.clamp(0, 0))
 
-    def _chosen_blocks(self, view: ChunkView, split: _Split, num_blocks: Tensor) -> Tensor:
+    def _chosen_blocks(self, view: ChunkView, split: BlockSplit, num_blocks: Tensor) -> Tensor:
         """Which blocks the unit attends, bool [B, N], N at least 1."""
         reps: Tensor | None = view.cache.state.get("reps")
         if reps is None:
@@ -110,15 +110,12 @@ class InfLLM(TokenMethod):
         best = ranked.topk(min(split.top_k, ranked.shape[1])).indices
         return torch.zeros_like(there).scatter(1, best, True) & there
 
-    def _mean_query(self, view: ChunkView, split: _Split) -> Tensor:
+    def _mean_query(self, view: ChunkView, split: BlockSplit) -> Tensor:
         """The unit's queries at the window's far end, mean over its tokens, [B, H, D] float32 or wider."""
-        cos, sin = view.rope(torch.full((1,), split.window - 1, device=view.q_BHQD.device))
-        wide = torch.promote_types(view.q_BHQD.dtype, torch.float32)
         real = (view.true_BQ >= 0)[:, None, :, None]
-        rotated = rotate(view.q_BHQD, cos, sin).to(wide).masked_fill(~real, 0)
-        return rotated.sum(2) / real.sum(2).clamp(min=1)
+        return far_queries(view, split, view.q_BHQD).masked_fill(~real, 0).sum(2) / real.sum(2).clamp(min=1)
 
-    def _promote(self, view: ChunkView, split: _Split) -> None:
+    def _promote(self, view: ChunkView, split: BlockSplit) -> None:
         """Set the representatives of blocks that have become complete behind the window since the last unit."""
         state = view.cache.state
         done: list[int] = state.get("num_blocks", [0] * len(view.new.before))
@@ -129,7 +126,7 @@ class InfLLM(TokenMethod):
         for block in range(min(changed), max(now)) if changed else ():
             self._set_representatives(view, split, block)
 
-    def _set_representatives(self, view: ChunkView, split: _Split, block: int) -> None:
+    def _set_representatives(self, view: ChunkView, split: BlockSplit, block: int) -> None:
         """Store the mean key of one block's representatives; samples without the block yet are set again later."""
         cache, num_heads = view.cache, view.q_BHQD.shape[1]
         first = split.num_init + block * split.block
@@ -151,7 +148,7 @@ class InfLLM(TokenMethod):
             reps = torch.cat([reps, rep[:, :, None]], 2)
         cache.state["reps"] = reps
 
-    def _split(self, kv_budget: int) -> _Split:
+    def _split(self, kv_budget: int) -> BlockSplit:
         def given(value: int | None, default: int) -> int:
             return default if value is None else value
 
@@ -160,7 +157,13 @@ class InfLLM(TokenMethod):
         unit = given(self.knobs.unit, small)
         window = given(self.knobs.window, kv_budget // 2 - block - unit + 1)
         left = kv_budget - num_init - window - (block - 1) - unit
-        return _Split(num_init, window, block, given(self.knobs.top_k, left // block), unit)
+        return BlockSplit(num_init, window, block, given(self.knobs.top_k, left // block), unit)
+
+
+def far_queries(view: ChunkView, split: BlockSplit, q_BHQD: Tensor) -> Tensor:
+    """Queries at the window's far end, where everything behind it is seen from, [B, H, Q, D] float32 or wider."""
+    cos, sin = view.rope(torch.full((1,), split.window - 1, device=q_BHQD.device))
+    return rotate(q_BHQD, cos, sin).to(torch.promote_types(q_BHQD.dtype, torch.float32))
 
 
 def _padded(cache: TokenCache, num_heads: int) -> Tensor:
