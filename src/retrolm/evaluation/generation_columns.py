@@ -59,7 +59,7 @@ def with_full_first(columns: Sequence[Column]) -> list[Column]:
     """The columns, each once, full attention (which the others are held to) in front whether it was named or not."""
     found = {column.name: column for column in columns}
     full = found.pop("full", Column("full"))
-    if any(not METHODS.get(column.method).has_budget for column in found.values()):
+    if any(METHODS.get(column.method).kind == "dense" for column in found.values()):
         raise UserError("Full attention has no settings. Write --method full.")
     return [full, *found.values()]
 

@@ -1,7 +1,6 @@
 """Methods of all kinds: tensors in, page or token choice out. One file per method; importing this files them all."""
 
 from . import (
-    actqkv,
     arkvale,
     bookmark,
     full,
@@ -26,6 +25,7 @@ from . import (
     streaming_llm,
     streaming_postfill,
     token_select,
+    token_sparse,
     tova,
 )
 from .base import METHODS, BudgetError, Method, PageMethod, PageTensors, page_method
@@ -37,7 +37,6 @@ __all__ = [
     "Method",
     "PageMethod",
     "PageTensors",
-    "actqkv",
     "arkvale",
     "bookmark",
     "choose_pages",
@@ -64,5 +63,6 @@ __all__ = [
     "streaming_llm",
     "streaming_postfill",
     "token_select",
+    "token_sparse",
     "tova",
 ]
