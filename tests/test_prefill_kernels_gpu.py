@@ -6,18 +6,25 @@ They run on a GPU, or on a CPU with TRITON_INTERPRET=1.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from retrolm.config import RetroConfig
+from retrolm.engine import encoder
 from retrolm.engine.bookmark_attention import attend_bookmarks
+from retrolm.engine.model import RetroLM
+from retrolm.engine.prefill_layers import is_plain
 from retrolm.methods.selection import choose_pages
 from retrolm.ops import launch
 from retrolm.ops.prefill_layer import add_rms_norm, silu_times
 from retrolm.ops.rotary import rotate
 from retrolm.store import PageLayout, PageStore, ResidentStore, TieredStore, gather
 from retrolm.store.layout import Slabs
+from test_against_naive import random_retriever
+from tiny_models import random_ids, tiny_model
 
 pytestmark = pytest.mark.gpu
 
@@ -313,3 +320,26 @@ def test_bookmarks_attend_the_same(
     expected = attend_bookmarks(*marks, *clean, lengths, *sinks, *rest)  # type: ignore[arg-type]
     monkeypatch.setattr(launch, "runs_on", lambda x: True)
     close(attend_bookmarks(*marks, *own, lengths, *sinks, *rest), expected)  # type: ignore[arg-type]
+
+
+# --- together -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"store_bits": 8}, {"selection_scope": "head"}], ids=str)
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral-sliding", "gemma2"])
+def test_an_engine_reads_the_same_with_all_kernels(
+    name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every kernel and the engine's own layers, against plain PyTorch within the stock layers."""
+    config = RetroConfig.from_options({"kv_budget": 40, "page_size": 8, "chunk_pages": 6, **options})
+    lm = RetroLM(tiny_model(name, dtype=torch.float32).to(DEVICE), config=config)
+    lm.use_retriever(random_retriever(lm, 4))
+    found = []
+    for on in (False, True):
+        monkeypatch.setattr(gather, "runs_on", lambda device, on=on: on)
+        monkeypatch.setattr(launch, "runs_on", lambda x, on=on: on)
+        monkeypatch.setattr(encoder, "can_fuse", lambda backbone, on=on: on and is_plain(backbone))
+        found.append(lm.logits(random_ids(99)))
+    bar = 1e-4 if config.store_bits == 16 else 0.05  # a number may fall on the next code
+    assert float((found[1] - found[0]).abs().max()) <= bar
+    assert not torch.equal(found[1], found[0]), "the kernels did not run"
