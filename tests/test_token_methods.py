@@ -31,6 +31,11 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[], naive.Rule]]] = {
         {"num_init": 3, "window": 12, "block": 4, "top_k": 3, "unit": 5, "repr_top_k": 2},
         lambda: naive.InfLLM(3, 12, 4, 3, 2),
     ),
+    "actqkv": (
+        {"num_init": 3, "window": 12, "block": 4, "top_k": 3, "unit": 5, "repr_top_k": 2}
+        | {"share": 0.8, "min_blocks": 1, "history": 5, "warm_up": 5, "temperature": 0.05},
+        lambda: naive.ActQKV((3, 12, 4, 3, 2), 1, 0.8, 5, 0.05),
+    ),
     "tokenselect": ({"num_init": 4, "num_local": 8, "chunk": 7}, lambda: naive.TokenSelect(BUDGET, 4, 8)),
     "quest": ({"page": 8, "num_dense_layers": 1}, lambda: naive.Quest(BUDGET, 8, 1)),
     "arkvale": ({"page": 4, "num_dense_layers": 1}, lambda: naive.ArkVale(BUDGET, 4, 1)),
@@ -77,7 +82,7 @@ def ask(lm: RetroLM, ids: list[Tensor]) -> tuple[list[Answer], list[Tensor]]:
 
 def read_naively(model: Any, rule: naive.Rule, ids: list[int], chunk: int, answer: list[int]) -> naive.NaiveTokens:
     """Chunks of the prompt but its last token, then one token at a time."""
-    reader = naive.NaiveTokens(model, rule)
+    reader, rule.question = naive.NaiveTokens(model, rule), tuple(ids[-4:])
     for start in range(0, len(ids) - 1, chunk):
         reader.chunk(ids[start : min(start + chunk, len(ids) - 1)])
     for token in [ids[-1], *answer[:-1]]:

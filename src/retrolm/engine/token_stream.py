@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.sliding_window import SlidingWindow
-from ..methods.token_base import ChunkView, NewTokens, Part, TokenCache, TokenMethod
+from ..methods.token_base import ChunkView, NewTokens, Part, QuestionQueries, TokenCache, TokenMethod
 from ..ops.attention import attend, bias_from
 from ..ops.joint_attention import KeySet, attend_sets, attend_sets_lse, attend_sets_reference
 from ..ops.rotary import rotate, unscaled
@@ -30,6 +30,7 @@ class TokenStream:
         prefill_LB: most keys that any prompt token attended in each layer, int64.
         decode: for each generated step, keys attended in each layer, [L, B] on the CPU (call `decode_counts`).
         dense_heads_LK: KV heads that the method leaves dense, bool; None = none.
+        questions: what layers computed for the questions alone, where the method asks for it.
         max_position: highest RoPE position that can have been used.
     """
 
@@ -53,6 +54,8 @@ class TokenStream:
         self._prefill: list[Tensor | None] = [None] * backbone.num_layers
         self._decode: list[list[Tensor]] = [[] for _ in range(backbone.num_layers)]
         self._decode_dense: list[list[Tensor]] = [[] for _ in range(backbone.num_layers)]
+        self._shared: dict[str, Any] = {}
+        self.questions: dict[int, QuestionQueries] = {}
 
     # --- steps ----------------------------------------------------------------------------------------------
 
@@ -64,6 +67,11 @@ class TokenStream:
     def num_revised(self) -> int:
         """Generated tokens before the newest that each step brings again."""
         return self._method.num_revised
+
+    @property
+    def needs_question(self) -> bool:
+        """Whether `questions` are to be read first."""
+        return self._method.needs_question
 
     def begin(self, num_new: Sequence[int], is_prefill: bool, num_again: int = 0) -> None:
         """Say what the next forward pass brings: new tokens of each sample, at the left of their rows.
@@ -137,7 +145,8 @@ class TokenStream:
             if places is not None:
                 take(cache, places)
         append(cache, k, v, new.true_BQ)
-        view = ChunkView(layer, self._kv_budget, cache, q, new, rope.at, self._dense_heads[layer])
+        heads, question = self._dense_heads[layer], self.questions.get(layer)
+        view = ChunkView(layer, self._kv_budget, cache, q, new, rope.at, heads, question, self._shared)
         done = method.attend_prompt(view, scale, softcap, self._window(layer))
         if done is not None:
             self._account(view, done[1])

@@ -1,6 +1,7 @@
 """Methods of all kinds: tensors in, page or token choice out. One file per method; importing this files them all."""
 
 from . import (
+    actqkv,
     arkvale,
     bookmark,
     full,
@@ -37,6 +38,7 @@ __all__ = [
     "Method",
     "PageMethod",
     "PageTensors",
+    "actqkv",
     "arkvale",
     "bookmark",
     "choose_pages",

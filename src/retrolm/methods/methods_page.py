@@ -47,9 +47,10 @@ What revisions gain on long answers is measured by `retrolm eval generation`.
 ## Left out
 
 TCA-Attention ([2512.09238](https://arxiv.org/abs/2512.09238)): its redundancy metric, budget rule and block size aren't
-published where we could read them, and a guess under its name would be no baseline. ActQKV and
-Landmark Attention aren't there, nor is an approximate index for RetrievalAttention: exact
-search bounds what one could find.
+published where we could read them, and a guess under its name would be no baseline. Landmark Attention
+isn't there, nor is an approximate index for RetrievalAttention: exact search bounds what one could find.
+ShadowKV keeps no less memory here, RazorAttention frees it only in layers without a retrieval head, and ActQKV's blocks
+stay on the device: what they save is attention, and what can be compared is accuracy.
 """
 
 

@@ -73,6 +73,18 @@ class NewTokens:
 
 
 @dataclass(frozen=True)
+class QuestionQueries:
+    """What a layer computes for the questions alone, before the prompts are read.
+
+    Attributes:
+        q_BHQD: queries before RoPE. there_BQ: which of them exist, bool.
+    """
+
+    q_BHQD: Tensor
+    there_BQ: Tensor
+
+
+@dataclass(frozen=True)
 class ChunkView:
     """A chunk of new tokens in one layer. The cache ends with the chunk's own Q places.
 
@@ -80,6 +92,8 @@ class ChunkView:
         q_BHQD: queries before RoPE. new: the tokens they belong to.
         rope: true or compact positions int64 [...] → cos, sin [..., R] of this layer.
         dense_heads: the KV heads of this layer that the method leaves dense, bool [K] on its device; None = none.
+        question: of methods that ask for it, where there is one. shared: what a method keeps for the batch over all
+            layers; they come in their order, in every chunk.
     """
 
     layer: int
@@ -89,6 +103,8 @@ class ChunkView:
     new: NewTokens
     rope: Rope
     dense_heads: Tensor | None = None
+    question: QuestionQueries | None = None
+    shared: dict[str, Any] = field(default_factory=dict)
 
     @property
     def true_BQ(self) -> Tensor:  # noqa: N802
@@ -182,6 +198,11 @@ class TokenMethod(Method, ABC):
     def dense_layers(self, num_layers: int) -> frozenset[int]:
         """Layers that are left dense on purpose; they are reported apart and not held to the budget."""
         return frozenset()
+
+    @property
+    def needs_question(self) -> bool:
+        """Whether the question is to be read by itself before the prompt, so that views have its queries."""
+        return False
 
     @property
     def repeat_text(self) -> RepeatText | None:
