@@ -92,12 +92,13 @@ def test_after_every_update_outputs_are_attention_over_the_union(monkeypatch: py
     passes: list[tuple[Any, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]] = []
     attend = SetAttention.attend
 
-    def spy(self: Any, call: Any, on: Any, sets: Any, q: Tensor, out: Tensor) -> None:
-        attend(self, call, on, sets, q, out)
+    def spy(self: Any, call: Any, on: Any, sets: Any, rows: Any) -> None:
+        attend(self, call, on, sets, rows)
         if call.layer == 1 and type(self).__name__ == "UnionAttention":
             store = self._parts.store
             keys, values = (x.clone() for x in store.read(1, self._group.table.ids))
-            passes.append((self._group, sets.picked_nS.clone(), q.clone(), out.clone(), (keys, values)))
+            q, out = (x.unflatten(0, (-1, EVERY)).clone() for x in (rows.q_THD, rows.out_THD))
+            passes.append((self._group, sets.picked_nS.clone(), q, out, (keys, values)))
 
     monkeypatch.setattr(SetAttention, "attend", spy)
     budget = 7 * W
