@@ -19,6 +19,7 @@ from cli_runner import run_cli
 from report_rows import METHODS, made_up_rows, write_run
 from retrolm.errors import UserError
 from retrolm.evaluation.journal import write_lines
+from retrolm.evaluation.report.costs import cost_table
 from retrolm.evaluation.report.pairs import MARGIN, compare, pair_rows, pair_tables, scopes, shared_scores
 from retrolm.evaluation.report.results import Results, load_results
 from retrolm.evaluation.report.table import BEYOND, MISSING
@@ -141,6 +142,16 @@ def test_an_average_of_ones_own_is_compared_too(tmp_path: Path) -> None:
     dense, _ = score_tables(part, "ruler", 4096)
     assert "average two" in dense.columns
     assert any(row["scope"] == "average two, 4K tokens" and row["num_pairs"] == 8 for row in pair_rows(part))
+
+
+def test_what_a_method_leaves_dense_stands_beside_its_budget(tmp_path: Path) -> None:
+    rows = made_up_rows(2, (4096,))
+    rows[0]["attended_tokens"] |= {"dense_heads": 4090}
+    write_lines(tmp_path / "samples.jsonl", rows)
+    part = load_results([tmp_path])
+    cells = [row[4] for row in cost_table(part, 4096).rows]
+    (said,) = [cell for cell in cells if "dense" in cell]
+    assert said.endswith(" (dense parts 4,090)") and len(cells) == len(METHODS)
 
 
 def test_folders_are_joined_and_repeated_rows_count_once(run: Path, tmp_path: Path) -> None:

@@ -41,7 +41,9 @@ class ShadowKV(TokenMethod):
     scope = "layer and KV head"
     when = "each generated token"
     budget_split = "outlier chunks (3/16) + the prompt's last 4 chunks and the answer + best chunks of 8 tokens"
-    keeps = "all tokens, on the device (the paper keeps factors of the keys, and the values in host memory)"
+    keeps = (
+        "all tokens and chunks' mean keys, on the device (the paper keeps keys as factors, and values in host memory)"
+    )
     positions = "true"
     exact_when = "kv_budget ≥ prompt and answer"
     true_positions = True

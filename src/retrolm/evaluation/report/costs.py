@@ -42,7 +42,7 @@ def _costs(cells: list[dict[str, Any]]) -> list[str]:
     return [
         f"{middle('num_tokens'):,.0f}",
         f"{max(cell['attended_tokens']['prefill'] for cell in cells):,}",
-        f"{max(cell['attended_tokens']['decode'] for cell in cells):,}",
+        _answering([cell["attended_tokens"] for cell in cells]),
         f"{middle('ttft_s'):.2f}",
         f"{1000 * middle('tpot_s'):.1f}",
         f"{middle('total_s'):.2f}",
@@ -50,6 +50,13 @@ def _costs(cells: list[dict[str, Any]]) -> list[str]:
         f"{max(cell[HOST] for cell in cells) / 1e9:.2f}",
         str(max(cell["batch_size"] for cell in cells)),
     ]
+
+
+def _answering(attended: list[dict[str, int]]) -> str:
+    """Most tokens that an answer's token attended; apart, by layers and heads that their method leaves dense."""
+    most = f"{max(one['decode'] for one in attended):,}"
+    dense = max((one.get(key, 0) for one in attended for key in ("dense_layers", "dense_heads")), default=0)
+    return f"{most} (dense parts {dense:,})" if dense else most
 
 
 def memory_table(results: Results) -> Table:
