@@ -29,8 +29,9 @@ class ActQKV(InfLLM):
     own and the later layers', of what is left of the step's blocks, at least `min_blocks` and at most `top_k`; before
     that layers share alike. Where all entropies are zero it takes the least.
 
-    Left open by the published code and decided here: statistics are those of one prompt, layer by layer, and start
-    anew with each; no layer attends more than `kv_budget` (the code's own limit is twice its mean, see `share`).
+    Where the published code and the paper part, or say nothing: statistics are those of one prompt, layer by layer, and
+    start anew with each; the question is a text of its own (the code takes the queries of its most attended tokens in a
+    prompt that begins with it); no layer attends more than `kv_budget` (the code's limit is twice its mean: `share`).
 
     State per layer: InfLLM's; `count` [B], `mean`, `spread` [B, H·D] (sum of squares) of the queries so far; `probe`,
     `question` [B, H, D]. Over layers: `entropies`, layer → the last ones [B, history] and how many there were [B];
