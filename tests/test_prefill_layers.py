@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -76,9 +77,11 @@ def test_watched_modules_run_as_they_are(fused: list[str]) -> None:
     assert fused
 
 
-def test_not_on_a_processor() -> None:
-    """Its stock layers are as fast, and nothing there pays for a launch."""
-    assert not prefill_layers.can_fuse(make("llama").backbone)
+def test_taken_where_all_layers_are_on_one_device() -> None:
+    lm = make("llama")
+    assert prefill_layers.can_fuse(lm.backbone)
+    lm.backbone.layers[2] = replace(lm.backbone.layers[2], device=torch.device("meta"))
+    assert not prefill_layers.can_fuse(lm.backbone)
 
 
 def test_norm_and_gate_are_those_of_the_stock_modules() -> None:

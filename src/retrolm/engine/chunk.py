@@ -37,7 +37,7 @@ class PageGroup:
     pinned: tuple[int, ...] = ()
     is_query: bool = False
     last_probe: dict[int, Tensor] = field(default_factory=dict)
-    moves: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    moves: dict[tuple[object, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.num_past)

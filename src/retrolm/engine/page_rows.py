@@ -36,23 +36,26 @@ class PageRows:
         lengths = chunk.page_lengths()
         self._bounds = [0, *accumulate(lengths.tolist())]
         inside = torch.arange(chunk.width) < lengths[:, None]
-        self._places = inside.flatten().nonzero().flatten()
-        self.num_tokens = len(self._places)
+        self._places = inside.flatten().nonzero().flatten(), (~inside).flatten().nonzero().flatten()
+        self.num_tokens = len(self._places[0])
         self._has_padding = self.num_tokens < inside.numel()
-        self._there: dict[torch.device, Tensor] = {}
+        self._there: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def by_page(self, x_THD: Tensor) -> Tensor:
         """Rows page by page, zeros behind short pages: masked keys and values must be finite."""
         if not self._has_padding:
             return x_THD.unflatten(0, self._shape)
-        padded = x_THD.new_zeros(self._shape[0] * self._shape[1], *x_THD.shape[1:])
-        return padded.index_copy_(0, self._on(x_THD.device), x_THD).unflatten(0, self._shape)
+        rows, holes = self._on(x_THD.device)
+        padded = x_THD.new_empty(self._shape[0] * self._shape[1], *x_THD.shape[1:])
+        return padded.index_copy_(0, rows, x_THD).index_fill_(0, holes, 0).unflatten(0, self._shape)
 
     def of_pages(self, pages: slice) -> slice:
         """Where the tokens of consecutive pages stand."""
         return slice(self._bounds[pages.start], self._bounds[pages.stop])
 
-    def _on(self, device: torch.device) -> Tensor:
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Places, in the padded rows, of tokens and of what is no token."""
         if device not in self._there:
-            self._there[device] = self._places.to(device, non_blocking=True)
+            tokens, holes = self._places
+            self._there[device] = tokens.to(device, non_blocking=True), holes.to(device, non_blocking=True)
         return self._there[device]

@@ -20,7 +20,7 @@ from .chunk import Chunk, PageGroup
 from .group_tensors import GroupTensors
 from .layer_call import LayerCall
 from .page_choice import PageChooser, PageSets
-from .page_records import page_records
+from .page_records import write_pages
 from .page_rows import PageRows, TokenRows
 from .prefill_parts import PrefillParts
 from .set_attention import SetAttention
@@ -110,7 +110,7 @@ class PrefillProgram:
         found = []
         for where, group, tensors, _ in groups:
             own_q, own_k, own_v = q_NQHD[where], k_NQKD[where], v_NQKD[where]
-            self.parts.store.write(layer, group.ids.flatten(), page_records(group, own_k), page_records(group, own_v))
+            write_pages(self.parts.store, layer, group, own_k, own_v)
             pages = self._page_tensors(layer, group, tensors, own_q, own_k, where, marks)
             found.append(self._chooser.choose(layer, group, tensors, pages))
         return found

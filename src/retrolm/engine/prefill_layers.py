@@ -20,10 +20,8 @@ _MLP_ROWS = 4224  # of inner activations held at once
 
 
 def can_fuse(backbone: Backbone) -> bool:
-    """Whether `fused_rows` stands in for the stock decoder: on one GPU, where nothing else watches the modules."""
-    if any(info.device.type != "cuda" or info.device != backbone.device for info in backbone.layers):
-        return False
-    return is_plain(backbone)
+    """Whether `fused_rows` stands in for the stock decoder: on one device, where nothing else watches the modules."""
+    return all(info.device == backbone.device for info in backbone.layers) and is_plain(backbone)
 
 
 def is_plain(backbone: Backbone) -> bool:

@@ -24,7 +24,7 @@ def add_rms_norm(x_TE: Tensor, more_TE: Tensor | None, weight_E: Tensor, eps: fl
         x_TE += more_TE
     wide = x_TE.to(torch.float32)
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight_E * wide.to(x_TE.dtype)
+    return wide.to(x_TE.dtype).mul_(weight_E)
 
 
 def silu_times(gate_TN: Tensor, up_TN: Tensor) -> Tensor:
@@ -34,4 +34,4 @@ def silu_times(gate_TN: Tensor, up_TN: Tensor) -> Tensor:
 
         found: Tensor = at_once(gate_TN, up_TN)
         return found
-    return gate_TN.copy_(F.silu(gate_TN) * up_TN)
+    return F.silu(gate_TN, inplace=True).mul_(up_TN)
