@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops import launch
-from ..ops.attention import attend_reference
+from ..ops.attention import attend, attend_reference, bias_from
 from ..ops.rotary import rotate
 from .rope_table import RopeTable
 
@@ -32,7 +32,7 @@ def attend_bookmarks(
     """Attention of one bookmark per page; all keys before RoPE.
 
     Args:
-        own_lengths_n: tokens of the own page, int64 [n]; later places are ignored.
+        own_lengths_n: tokens of the own page, int64 [n]; later places are ignored, but must be finite.
         is_sink_n: bool [n], pages that are sinks themselves: they see no other sink.
 
     Returns:
@@ -56,7 +56,15 @@ def attend_bookmarks(
     keys = rotate(torch.cat([sink_k_nSKD, own_k_nQKD, mark_k_nKD[:, None]], 1), cos[:, :, None], sin[:, :, None])
     values = torch.cat([sink_v_nSKD, own_v_nQKD, mark_v_nKD[:, None]], 1)
     query = rotate(mark_q_nHD[:, None], cos[:, -1:, None], sin[:, -1:, None])
+    if _at_full_precision(parts):
+        return attend(query, keys, values, bias_from(allowed[:, None], query.dtype), scale, softcap)[:, 0]
     return attend_reference(query, keys, values, allowed[:, None], scale, softcap)[:, 0]
+
+
+def _at_full_precision(parts: tuple[Tensor, ...]) -> bool:
+    """Whether a processor's own attention rounds no more than the reference, which is written out for gradients."""
+    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in parts)
+    return not parts[0].is_cuda and parts[0].dtype in (torch.float32, torch.float64) and not wants_grad
 
 
 def _at_once(parts: tuple[Tensor, ...]) -> bool:
