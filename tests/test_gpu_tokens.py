@@ -66,5 +66,6 @@ def test_long_prompts_side_by_side_in_bfloat16(name: str) -> None:
     torch.cuda.reset_peak_memory_stats()
     answers, logits = ask(model, name, rows, 2048, 128)
     assert logits.isfinite().all()
-    assert all(answer.attended_tokens["decode"] <= 2048 for answer in answers)
+    if METHODS.get(name).has_budget:
+        assert all(answer.attended_tokens["decode"] <= 2048 for answer in answers)
     assert torch.cuda.max_memory_allocated() - before < 12e9

@@ -62,7 +62,7 @@ def test_bfloat16_with_fused_kernels_is_close(name: str) -> None:
     found = scores_and_gradients(name, torch.bfloat16, DEVICE)
     assert float((found[0] - expected[0]).norm()) < 0.35 * float(expected[0].norm())
     together = [torch.cat([part[key].flatten() for key in expected[1]]) for part in (found[1], expected[1])]
-    assert float(torch.cosine_similarity(*together, dim=0)) > 0.85
+    assert float(torch.cosine_similarity(*together, dim=0)) > 0.7
 
 
 @pytest.mark.parametrize("causal", [False, True])

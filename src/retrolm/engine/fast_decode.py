@@ -187,7 +187,8 @@ class Runner:
                     self._step()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            # Without a stream of its own it would capture on that of the first device that ever captured.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self._logits = self._step()
             self._graph = graph
 

@@ -289,7 +289,7 @@ def attend_token(
     splits = _splits(B * K, C)
     totals = torch.empty(B, H, splits, D, dtype=torch.float32, device=q_BHD.device)
     maxima, sums = torch.empty(2, B, H, splits, dtype=torch.float32, device=q_BHD.device)
-    d_block = triton.next_power_of_2(D)
+    d_block = max(16, triton.next_power_of_2(D))  # a tensor core's product takes no less
     _attend_split[(B * K, splits)](
         q_BHD.contiguous(), keys_BKCD, values_BKCD, starts_B, index, totals, maxima, sums,
         scale, softcap or 1.0, window or 0, K, C,
