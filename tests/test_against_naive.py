@@ -181,7 +181,8 @@ def test_question_page_and_decoding(name: str, question_tokens: int) -> None:
 
 def generate(lm: RetroLM, document: Any, question: list[int]) -> tuple[Any, Tensor]:
     """The query after 12 greedy tokens, and their logits [12, vocabulary]."""
-    from retrolm.engine.generation import Generator, Query
+    from retrolm.engine.decode_round import Query
+    from retrolm.engine.generation import Generator
 
     query, recorder = Query(document.table, question, document.token_ids), Recorder()
     options = lm.options_for({"do_sample": False, "logits_processor": [recorder], "eos_token_id": None}, ())

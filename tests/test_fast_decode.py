@@ -14,10 +14,11 @@ from transformers.generation.streamers import BaseStreamer
 
 from retrolm.config import RetroConfig
 from retrolm.engine.compact_cache import CompactCache
+from retrolm.engine.decode_round import Query
 from retrolm.engine.decode_step import FUSED_FAMILIES, fused_obstacle
 from retrolm.engine.fast_decode import Runner, fast_decode_of
 from retrolm.engine.generate_options import StopWhen
-from retrolm.engine.generation import Generator, Query
+from retrolm.engine.generation import Generator
 from retrolm.engine.model import RetroLM
 from retrolm.errors import UserError
 from tiny_models import EOS, MODELS, random_ids, tiny_model

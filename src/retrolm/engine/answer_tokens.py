@@ -13,8 +13,8 @@ from torch import Tensor
 from ..errors import UserError
 from ..methods.token_base import RepeatScores, TokenMethod
 from .answering import PROGRAMS, Outcome, Prompt, PromptProgram, prompt_answer
+from .decode_round import FirstToken, ended
 from .generate_options import GenerateOptions
-from .generation import FirstToken, ended
 from .question_reading import read_questions
 from .repeat_reading import repeat_scores
 from .results import Answer, Timings

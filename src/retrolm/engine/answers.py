@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..paging import PageTable
+from .decode_round import Query
 from .document import Document
-from .generation import Query
 from .prefill import LayerChoice
 from .results import Answer, PageUse, Retrieval, Timings
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from .generation import FirstToken
+from .decode_round import FirstToken
 from .memory import PeakMemory
 from .model import RetroLM
 

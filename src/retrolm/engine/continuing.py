@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .decode_round import Query
 from .encoder import Encoder
-from .generation import Query
 from .loading import eos_ids
 from .page_reading import cut_pages, paged_text
 from .retro_generation import generator_over

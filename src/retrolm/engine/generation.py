@@ -1,84 +1,21 @@
-"""Query pages to generated tokens: compact cache, transformers' `generate`, optional re-retrieval (D12)."""
+"""Generation behind query pages: one round, or a retrieval anew every `retrieve_every` tokens (D12)."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import UserError
-from ..paging import PageTable, page_lengths
+from ..paging import page_lengths
 from .backbone import Backbone
 from .chunk import Chunk, PageGroup
-from .decode import DecodeProgram, build_cache
+from .decode_round import Query, Round, continue_round
 from .encoder import Encoder
-from .fast_decode import DecodeRequest, fast_decode_of
 from .generate_options import GenerateOptions, OneStream
-from .prefill import LayerChoice, QueryCapture
-
-
-@dataclass
-class Query:
-    """One question page and what is generated after it.
-
-    Attributes:
-        table: pages before it. tokens: ids of the page. past: ids of the pages before it, for logits processors.
-        choices: per layer, what the first query page attended (later ones replace nothing).
-        ended: generation came to an end of its own, not to `max_new_tokens`.
-        decode_path: what generated: the engine's own loop, or transformers' `generate` and why.
-    """
-
-    table: PageTable
-    tokens: list[int]
-    past: list[list[int]]
-    generated: list[int] = field(default_factory=list)
-    choices: list[LayerChoice] = field(default_factory=list)
-    sequences: list[list[int]] = field(default_factory=list)
-    ended: bool = False
-    peak_prefill: int = 0
-    peak_decode: int = 0
-    max_position: int = 0
-    cache_bytes: int = 0
-    decode_path: str = ""
-    ttft_s: float = 0.0
-    tpot_s: float = 0.0
-
-    def last_tokens(self, num_tokens: int) -> list[int]:
-        """The last ids up to the end of the query page, `num_tokens` of them or as many as there are."""
-        found = self.tokens
-        for page in reversed(self.past):
-            if len(found) >= num_tokens:
-                break
-            found = page + found
-        return found[max(len(found) - num_tokens, 0) :]
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """What was generated behind a round's queries: (tokens, ended) of each sequence, times, and what did it."""
-
-    rows: list[tuple[list[int], bool]]
-    first_at: float
-    finished_at: float
-    path: str
-
-
-class FirstToken(LogitsProcessor):
-    """Notes when the first token's logits are there."""
-
-    def __init__(self) -> None:
-        self.at = 0.0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if not self.at:
-            if scores.is_cuda:
-                torch.cuda.synchronize(scores.device)
-            self.at = time.perf_counter()
-        return scores
+from .prefill import QueryCapture
 
 
 class Generator:
@@ -172,7 +109,7 @@ class Generator:
                 for i, (query, own) in enumerate(zip(queries, ids, strict=True))
             ]
             captures = self._encode(queries, groups)
-            self._generate(queries, captures, num_tokens, options, streamer, started)
+            self._continue(Round(queries, captures, num_tokens, options, streamer), started)
         except BaseException:
             for own in ids:
                 store.release(own)
@@ -183,116 +120,17 @@ class Generator:
         """Run the query pages through the model."""
         return self._encoder.encode(Chunk(groups, max(len(query.tokens) for query in queries))).captures
 
-    def _generate(
-        self,
-        queries: list[Query],
-        captures: list[QueryCapture],
-        num_tokens: int,
-        options: GenerateOptions,
-        streamer: BaseStreamer | None,
-        started: float,
-    ) -> None:
+    def _continue(self, asked: Round, started: float) -> None:
+        """Generate, and note in each query what came of it; the round began at `started`."""
         backbone = self._encoder.parts.backbone
-        backbone.require_positions(max(capture.end for capture in captures) + num_tokens - 1)
-        found = self._fast(queries, captures, num_tokens, options, streamer)
-        if found is None:
-            found = self._plain(queries, captures, num_tokens, options, streamer)
-        per_query = len(found.rows) // len(queries)
-        for i, (query, capture) in enumerate(zip(queries, captures, strict=True)):
+        found = continue_round(self._encoder.attachment, backbone, asked)
+        per_query = len(found.rows) // len(asked.queries)
+        for i, (query, capture) in enumerate(zip(asked.queries, asked.captures, strict=True)):
             own = found.rows[i * per_query : (i + 1) * per_query]
             _record(query, capture, own, backbone)
             query.decode_path = found.path
             query.ttft_s = query.ttft_s or found.first_at - started
             query.tpot_s = (found.finished_at - found.first_at) / max(len(own[0][0]) - 1, 1)
-
-    def _fast(
-        self,
-        queries: list[Query],
-        captures: list[QueryCapture],
-        num_tokens: int,
-        options: GenerateOptions,
-        streamer: BaseStreamer | None,
-    ) -> Continuation | None:
-        """The engine's own loop, where it applies and is wanted."""
-        fast = fast_decode_of(self._encoder.attachment, self._encoder.parts.backbone)
-        if options.decoding == "plain" or (options.decoding == "auto" and not fast.pays()):
-            return None
-        decoded = None
-        if (options.loop_obstacle() or fast.obstacle()) is None:
-            request = DecodeRequest(
-                captures,
-                [query.tokens[-1] for query in queries],
-                num_tokens,
-                options.token_choice(),
-                options.num_return_sequences,
-                options.stopped,
-                streamer,
-                None if streamer is None else _prompt(queries, captures, options.pad_id),
-            )
-            decoded = fast.run(self._encoder.attachment, request)
-        if decoded is None and options.decoding == "fast":
-            raise UserError(f"decoding='fast' can't be had here: {self._obstacle(options)}. Use decoding='auto'.")
-        if decoded is None:
-            return None
-        rows = [ended(row, options.eos_ids, decoded.stopped_at) for row in decoded.rows]
-        return Continuation(rows, decoded.first_at, decoded.finished_at, decoded.path)
-
-    def _obstacle(self, options: GenerateOptions) -> str | None:
-        fast = fast_decode_of(self._encoder.attachment, self._encoder.parts.backbone)
-        return options.loop_obstacle() or fast.obstacle()
-
-    @torch.no_grad()
-    def _plain(
-        self,
-        queries: list[Query],
-        captures: list[QueryCapture],
-        num_tokens: int,
-        options: GenerateOptions,
-        streamer: BaseStreamer | None,
-    ) -> Continuation:
-        """Transformers' `generate`, with all its features."""
-        backbone = self._encoder.parts.backbone
-        ends = [capture.end for capture in captures]
-        cache, starts, mask = build_cache(captures, backbone.cache_room(max(ends) - 1, num_tokens))
-        if options.num_sequences > 1:
-            cache.batch_repeat_interleave(options.num_sequences)
-        input_ids = _input_ids(queries, ends, mask.shape[1], options.pad_id)
-        first, program = FirstToken(), DecodeProgram(backbone, starts)
-        call = options.call(num_tokens, first, streamer)
-        with self._encoder.attachment.run(program):
-            out = backbone.model.generate(
-                input_ids=input_ids.to(backbone.device),
-                attention_mask=mask.to(backbone.device).long(),
-                past_key_values=cache,
-                **call.arguments,
-            )
-        rows = out[:, mask.shape[1] :].tolist()
-        finished = time.perf_counter()
-        stops = [max(at - mask.shape[1], 0) for at in call.stop.lengths]
-        stops = stops if stops and options.keeps_rows else [0] * len(rows)
-        found = [ended(row, options.eos_ids, stop) for row, stop in zip(rows, stops, strict=True)]
-        reason = self._obstacle(options)
-        return Continuation(found, first.at, finished, "generate" + (f" ({reason})" if reason else ""))
-
-
-def _prompt(queries: list[Query], captures: list[QueryCapture], pad_id: int) -> Tensor:
-    ends = [capture.end for capture in captures]
-    return _input_ids(queries, ends, max(ends), pad_id)
-
-
-def _input_ids(queries: list[Query], ends: list[int], width: int, pad_id: int) -> Tensor:
-    """Ids [B, width] that stand for the cache where logits processors look at the prompt: the latest tokens."""
-    input_ids = torch.full((len(queries), width), pad_id)
-    for row, query, end in zip(input_ids, queries, ends, strict=True):
-        tokens = query.last_tokens(end)
-        row[width - len(tokens) :] = torch.tensor(tokens)
-    return input_ids
-
-
-def ended(tokens: list[int], eos_ids: tuple[int, ...], stop: int) -> tuple[list[int], bool]:
-    """Drop what `generate` pads behind the end of a sequence; `stop` is where a criterion held, or 0."""
-    ends = [index + 1 for index, token in enumerate(tokens) if token in eos_ids][:1] + ([stop] if stop else [])
-    return (tokens[: min(ends)], True) if ends else (tokens, False)
 
 
 def _record(query: Query, capture: QueryCapture, found: list[tuple[list[int], bool]], backbone: Backbone) -> None:

@@ -11,9 +11,9 @@ from ..errors import UserError
 from ..paging import page_lengths
 from .answers import build_answer, build_retrieval
 from .chunk import Chunk
+from .decode_round import Query
 from .document import Document, Past
 from .generate_options import GenerateOptions
-from .generation import Query
 from .page_reading import cut_pages
 from .prompts import QUESTION_TEMPLATE
 from .results import Answer, Retrieval

@@ -11,8 +11,8 @@ import torch
 
 from ..errors import UserError
 from ..methods.prune_base import PruneMethod
+from .decode_round import FirstToken, ended
 from .generate_options import GenerateOptions
-from .generation import FirstToken, ended
 from .kept_cache import KeptCache
 from .prune_pass import PrunePass, PrunePrompt
 from .results import Timings

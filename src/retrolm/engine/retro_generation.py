@@ -10,9 +10,10 @@ from torch import Tensor
 from ..errors import UserError
 from ..methods.retro_pages import RevisesPages
 from .chunk import Chunk, PageGroup, text_group
+from .decode_round import Query
 from .encoder import Encoder
 from .generate_options import GenerateOptions
-from .generation import Generator, Query
+from .generation import Generator
 from .prefill import QueryCapture
 from .retro_prefill import RetroEncoder, RevisedGroup
 

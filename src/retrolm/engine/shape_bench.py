@@ -22,10 +22,11 @@ from ..config import RetroConfig
 from ..errors import UserError, unknown
 from ..methods.base import PageMethod, page_method
 from .attachment import Attachment
+from .decode_round import Query
 from .document import Document
 from .fast_decode import fast_decode_of
 from .generate_options import GenerateOptions
-from .generation import Generator, Query
+from .generation import Generator
 from .model import RetroLM
 from .random_model import random_model
 from .selections import RecordingMethod, ReplayMethod

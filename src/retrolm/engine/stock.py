@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from .decode_round import FirstToken, ended
 from .generate_options import GenerateOptions
-from .generation import FirstToken, ended
 
 if TYPE_CHECKING:
     from .model import RetroLM

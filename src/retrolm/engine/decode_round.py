@@ -1,0 +1,178 @@
+"""One round of generation behind encoded query pages: by the engine's own loop, or by transformers' `generate`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+from transformers.generation.streamers import BaseStreamer
+
+from ..errors import UserError
+from ..paging import PageTable
+from .attachment import Attachment
+from .backbone import Backbone
+from .decode import DecodeProgram, build_cache
+from .fast_decode import Decoded, DecodeRequest, FastDecode, fast_decode_of
+from .generate_options import GenerateOptions
+from .prefill import LayerChoice, QueryCapture
+
+
+@dataclass
+class Query:
+    """One question page and what is generated after it.
+
+    Attributes:
+        table: pages before it. tokens: ids of the page. past: ids of the pages before it, for logits processors.
+        choices: per layer, what the first query page attended (later ones replace nothing).
+        ended: generation came to an end of its own, not to `max_new_tokens`.
+        decode_path: what generated: the engine's own loop, or transformers' `generate` and why.
+    """
+
+    table: PageTable
+    tokens: list[int]
+    past: list[list[int]]
+    generated: list[int] = field(default_factory=list)
+    choices: list[LayerChoice] = field(default_factory=list)
+    sequences: list[list[int]] = field(default_factory=list)
+    ended: bool = False
+    peak_prefill: int = 0
+    peak_decode: int = 0
+    max_position: int = 0
+    cache_bytes: int = 0
+    decode_path: str = ""
+    ttft_s: float = 0.0
+    tpot_s: float = 0.0
+
+    def last_tokens(self, num_tokens: int) -> list[int]:
+        """The last ids up to the end of the query page, `num_tokens` of them or as many as there are."""
+        found = self.tokens
+        for page in reversed(self.past):
+            if len(found) >= num_tokens:
+                break
+            found = page + found
+        return found[max(len(found) - num_tokens, 0) :]
+
+
+@dataclass(frozen=True)
+class Round:
+    """What to generate behind queries.
+
+    Attributes:
+        captures: of each query, what its page attended. num_tokens: tokens to generate at most.
+        streamer: gets the prompts, then the tokens of each step.
+    """
+
+    queries: list[Query]
+    captures: list[QueryCapture]
+    num_tokens: int
+    options: GenerateOptions
+    streamer: BaseStreamer | None
+
+    @property
+    def ends(self) -> list[int]:
+        """Compact position behind each query's last token."""
+        return [capture.end for capture in self.captures]
+
+    def input_ids(self, width: int) -> Tensor:
+        """Ids [B, width] that stand for the cache where logits processors look at the prompt: the latest tokens."""
+        input_ids = torch.full((len(self.queries), width), self.options.pad_id)
+        for row, query, end in zip(input_ids, self.queries, self.ends, strict=True):
+            tokens = query.last_tokens(end)
+            row[width - len(tokens) :] = torch.tensor(tokens)
+        return input_ids
+
+    def request(self) -> DecodeRequest:
+        """The same for the engine's own loop."""
+        return DecodeRequest(
+            self.captures,
+            [query.tokens[-1] for query in self.queries],
+            self.num_tokens,
+            self.options.token_choice(),
+            self.options.num_return_sequences,
+            self.options.stopped,
+            self.streamer,
+            None if self.streamer is None else self.input_ids(max(self.ends)),
+        )
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What was generated behind a round's queries: (tokens, ended) of each sequence, times, and what did it."""
+
+    rows: list[tuple[list[int], bool]]
+    first_at: float
+    finished_at: float
+    path: str
+
+
+class FirstToken(LogitsProcessor):
+    """Notes when the first token's logits are there."""
+
+    def __init__(self) -> None:
+        self.at = 0.0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not self.at:
+            if scores.is_cuda:
+                torch.cuda.synchronize(scores.device)
+            self.at = time.perf_counter()
+        return scores
+
+
+def continue_round(attachment: Attachment, backbone: Backbone, asked: Round) -> Continuation:
+    """Generate as the options say: by the engine's own loop where it applies and is wanted, else by `generate`.
+
+    Raises:
+        UserError: the engine's own loop is asked for and can't be had.
+    """
+    backbone.require_positions(max(asked.ends) + asked.num_tokens - 1)
+    fast, options = fast_decode_of(attachment, backbone), asked.options
+    obstacle = options.loop_obstacle() or fast.obstacle()
+    decoded = fast.run(attachment, asked.request()) if obstacle is None and _wants_loop(options, fast) else None
+    if decoded is not None:
+        return _from_loop(decoded, options)
+    obstacle = obstacle or fast.obstacle()  # capturing may have failed
+    if options.decoding == "fast":
+        raise UserError(f"decoding='fast' can't be had here: {obstacle}. Use decoding='auto'.")
+    return _by_generate(attachment, backbone, asked, obstacle)
+
+
+def _wants_loop(options: GenerateOptions, fast: FastDecode) -> bool:
+    return options.decoding == "fast" or (options.decoding == "auto" and fast.pays())
+
+
+def _from_loop(decoded: Decoded, options: GenerateOptions) -> Continuation:
+    rows = [ended(row, options.eos_ids, decoded.stopped_at) for row in decoded.rows]
+    return Continuation(rows, decoded.first_at, decoded.finished_at, decoded.path)
+
+
+@torch.no_grad()
+def _by_generate(attachment: Attachment, backbone: Backbone, asked: Round, obstacle: str | None) -> Continuation:
+    """Transformers' `generate`, with all its features; `obstacle` says why not the engine's own loop."""
+    options = asked.options
+    cache, starts, mask = build_cache(asked.captures, backbone.cache_room(max(asked.ends) - 1, asked.num_tokens))
+    if options.num_sequences > 1:
+        cache.batch_repeat_interleave(options.num_sequences)
+    width, first = mask.shape[1], FirstToken()
+    call = options.call(asked.num_tokens, first, asked.streamer)
+    with attachment.run(DecodeProgram(backbone, starts)):
+        out = backbone.model.generate(
+            input_ids=asked.input_ids(width).to(backbone.device),
+            attention_mask=mask.to(backbone.device).long(),
+            past_key_values=cache,
+            **call.arguments,
+        )
+    rows, finished = out[:, width:].tolist(), time.perf_counter()
+    stops = [max(at - width, 0) for at in call.stop.lengths]
+    stops = stops if stops and options.keeps_rows else [0] * len(rows)
+    found = [ended(row, options.eos_ids, stop) for row, stop in zip(rows, stops, strict=True)]
+    return Continuation(found, first.at, finished, "generate" + (f" ({obstacle})" if obstacle else ""))
+
+
+def ended(tokens: list[int], eos_ids: tuple[int, ...], stop: int) -> tuple[list[int], bool]:
+    """Drop what `generate` pads behind the end of a sequence; `stop` is where a criterion held, or 0."""
+    ends = [index + 1 for index, token in enumerate(tokens) if token in eos_ids][:1] + ([stop] if stop else [])
+    return (tokens[: min(ends)], True) if ends else (tokens, False)
