@@ -17,9 +17,9 @@ from retrolm.engine.compact_cache import CompactCache
 from retrolm.engine.decode_round import Query
 from retrolm.engine.decode_step import FUSED_FAMILIES, fused_obstacle
 from retrolm.engine.fast_decode import Runner, fast_decode_of
-from retrolm.engine.generate_options import StopWhen
 from retrolm.engine.generation import Generator
 from retrolm.engine.model import RetroLM
+from retrolm.engine.stop_criteria import StopWhen
 from retrolm.errors import UserError
 from tiny_models import EOS, MODELS, random_ids, tiny_model
 
@@ -197,7 +197,6 @@ OBSTACLES: list[tuple[dict[str, Any], str]] = [
     ({"do_sample": True, "min_p": 0.1}, "min_p=0.1"),
     ({"bad_words_ids": [[5]]}, "bad_words_ids"),
     ({"logits_processor": [Nothing()]}, "a logits processor"),
-    ({"stopping_criteria": [lambda ids, scores: torch.zeros(len(ids), dtype=torch.bool)]}, "a stopping criterion"),
 ]
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TextIteratorStreamer
 
-from .generate_options import StopWhen
+from .stop_criteria import StopWhen
 
 if TYPE_CHECKING:
     from .model import RetroLM

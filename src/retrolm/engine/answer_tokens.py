@@ -126,7 +126,7 @@ class TokenProgram(PromptProgram):
                     **call.arguments,
                 )
         finished = time.perf_counter()
-        stops = [max(at - width, 0) for at in call.stop.lengths] or [0] * len(rows)
+        stops = call.stop.stops(len(rows), width)
         found = [ended(row, checked.eos_ids, stop) for row, stop in zip(out[:, width:].tolist(), stops, strict=True)]
         return _Generated(found, started, read, first.at, finished, out.shape[1] - width)
 

@@ -14,8 +14,10 @@ from ..errors import UserError
 from ..paging import PageTable
 from .attachment import Attachment
 from .backbone import Backbone
+from .compact_cache import places_for
 from .decode import DecodeProgram, build_cache
-from .fast_decode import Decoded, DecodeRequest, FastDecode, fast_decode_of
+from .decode_reading import DecodeRequest
+from .fast_decode import Decoded, FastDecode, fast_decode_of
 from .generate_options import GenerateOptions
 from .prefill import LayerChoice, QueryCapture
 
@@ -84,25 +86,28 @@ class Round:
             row[width - len(tokens) :] = torch.tensor(tokens)
         return input_ids
 
-    def request(self) -> DecodeRequest:
-        """The same for the engine's own loop."""
+    def request(self, width: int) -> DecodeRequest:
+        """The same for the engine's own loop; `width` as `generate` would be given the prompts."""
+        options, repeats = self.options, self.options.num_return_sequences
+        last_tokens = [query.tokens[-1] for query in self.queries]
+        wants_ids = self.streamer is not None or options.criteria
         return DecodeRequest(
-            self.captures,
-            [query.tokens[-1] for query in self.queries],
-            self.num_tokens,
-            self.options.token_choice(),
-            self.options.num_return_sequences,
-            self.options.stopped,
-            self.streamer,
-            None if self.streamer is None else self.input_ids(max(self.ends)),
+            rows=len(self.queries) * repeats,
+            places=places_for(self.captures, self.num_tokens),
+            fill=lambda cache: cache.fill(self.captures, last_tokens, repeats),
+            num_tokens=self.num_tokens,
+            prompts=self.input_ids(width).repeat_interleave(repeats, 0) if wants_ids else None,
+            streamer=self.streamer,
+            **options.loop_settings(),
         )
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """What was generated behind a round's queries: (tokens, ended) of each sequence, times, and what did it."""
+    """What was generated behind a round's queries: (tokens, ended) of each sequence, in how many steps, when, how."""
 
     rows: list[tuple[list[int], bool]]
+    num_steps: int
     first_at: float
     finished_at: float
     path: str
@@ -131,32 +136,39 @@ def continue_round(attachment: Attachment, backbone: Backbone, asked: Round) -> 
     backbone.require_positions(max(asked.ends) + asked.num_tokens - 1)
     fast, options = fast_decode_of(attachment, backbone), asked.options
     obstacle = options.loop_obstacle() or fast.obstacle()
-    decoded = fast.run(attachment, asked.request()) if obstacle is None and _wants_loop(options, fast) else None
-    if decoded is not None:
-        return _from_loop(decoded, options)
+    if obstacle is None and wants_loop(options, fast):
+        decoded = fast.run(attachment, asked.request(_width(backbone, asked)))
+        if decoded is not None:
+            return _from_loop(decoded, options)
     obstacle = obstacle or fast.obstacle()  # capturing may have failed
     if options.decoding == "fast":
         raise UserError(f"decoding='fast' can't be had here: {obstacle}. Use decoding='auto'.")
     return _by_generate(attachment, backbone, asked, obstacle)
 
 
-def _wants_loop(options: GenerateOptions, fast: FastDecode) -> bool:
+def _width(backbone: Backbone, asked: Round) -> int:
+    """Columns of the prompts: one for each place of the cache that `generate` would get, and the token to feed."""
+    return backbone.cache_room(max(asked.ends) - 1, asked.num_tokens) + 1
+
+
+def wants_loop(options: GenerateOptions, fast: FastDecode) -> bool:
+    """Whether the engine's own loop is asked for, or the default here."""
     return options.decoding == "fast" or (options.decoding == "auto" and fast.pays())
 
 
 def _from_loop(decoded: Decoded, options: GenerateOptions) -> Continuation:
-    rows = [ended(row, options.eos_ids, decoded.stopped_at) for row in decoded.rows]
-    return Continuation(rows, decoded.first_at, decoded.finished_at, decoded.path)
+    rows = [ended(row, options.eos_ids, stop) for row, stop in zip(decoded.rows, decoded.stops, strict=True)]
+    return Continuation(rows, decoded.num_steps, decoded.first_at, decoded.finished_at, decoded.path)
 
 
 @torch.no_grad()
 def _by_generate(attachment: Attachment, backbone: Backbone, asked: Round, obstacle: str | None) -> Continuation:
     """Transformers' `generate`, with all its features; `obstacle` says why not the engine's own loop."""
     options = asked.options
-    cache, starts, mask = build_cache(asked.captures, backbone.cache_room(max(asked.ends) - 1, asked.num_tokens))
+    width, first = _width(backbone, asked), FirstToken()
+    cache, starts, mask = build_cache(asked.captures, width - 1)
     if options.num_sequences > 1:
         cache.batch_repeat_interleave(options.num_sequences)
-    width, first = mask.shape[1], FirstToken()
     call = options.call(asked.num_tokens, first, asked.streamer)
     with attachment.run(DecodeProgram(backbone, starts)):
         out = backbone.model.generate(
@@ -166,10 +178,10 @@ def _by_generate(attachment: Attachment, backbone: Backbone, asked: Round, obsta
             **call.arguments,
         )
     rows, finished = out[:, width:].tolist(), time.perf_counter()
-    stops = [max(at - width, 0) for at in call.stop.lengths]
-    stops = stops if stops and options.keeps_rows else [0] * len(rows)
+    stops = call.stop.stops(len(rows), width) if options.keeps_rows else [0] * len(rows)
     found = [ended(row, options.eos_ids, stop) for row, stop in zip(rows, stops, strict=True)]
-    return Continuation(found, first.at, finished, "generate" + (f" ({obstacle})" if obstacle else ""))
+    path = "generate" + (f" ({obstacle})" if obstacle else "")
+    return Continuation(found, out.shape[1] - width, first.at, finished, path)
 
 
 def ended(tokens: list[int], eos_ids: tuple[int, ...], stop: int) -> tuple[list[int], bool]:

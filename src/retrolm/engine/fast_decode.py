@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,16 +16,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
 
 from .attachment import Attachment
 from .backbone import Backbone
-from .compact_cache import CompactCache, places_for
+from .compact_cache import CompactCache
+from .decode_reading import DecodeRequest, Reader, Tape
 from .decode_step import FusedStep, StaticProgram, Step, StockStep, foreign_hook, fused_obstacle
-from .prefill import QueryCapture
-from .token_choice import TokenChoice
 
-LOOKAHEAD = 4  # steps that the host may be ahead of the tokens it has read
 _KEPT = 2  # caches, one per batch size, that stay ready
 _WARM_UPS = 2
 
@@ -36,35 +32,22 @@ class Decoded:
     """What a run generated.
 
     Attributes:
-        rows: tokens of each sequence, at most as many as asked for. stopped_at: length at which a stop from outside
-            was seen, or 0. first_at, finished_at: `time.perf_counter()` at the first token and at the end.
+        rows: tokens of each sequence, all of the same number, at most as many as asked for. stops: how many of them a
+            criterion or a stop from outside leaves, or 0.
+        first_at, finished_at: `time.perf_counter()` at the first token and at the end.
         path: what ran, for reports.
     """
 
     rows: list[list[int]]
-    stopped_at: int
+    stops: list[int]
     first_at: float
     finished_at: float
     path: str
 
-
-@dataclass
-class DecodeRequest:
-    """What to generate behind query pages.
-
-    Attributes:
-        last_tokens: each query's last token. repeats: sequences per query.
-        stopped: asked once per token; True ends the run. streamer: gets `prompt`, then the tokens [B] of each step.
-    """
-
-    captures: list[QueryCapture]
-    last_tokens: list[int]
-    num_tokens: int
-    choice: TokenChoice
-    repeats: int = 1
-    stopped: Callable[[], bool] = bool
-    streamer: BaseStreamer | None = None
-    prompt: Tensor | None = None
+    @property
+    def num_steps(self) -> int:
+        """Tokens that each row was given, also those behind its end."""
+        return len(self.rows[0])
 
 
 class FastDecode:
@@ -94,28 +77,31 @@ class FastDecode:
     @torch.no_grad()
     def run(self, attachment: Attachment, request: DecodeRequest) -> Decoded | None:
         """Generate; None if the step can't be captured here, which `obstacle` then explains."""
-        batch = len(request.captures) * request.repeats
-        places = places_for(request.captures, request.num_tokens)
         self._forget_other_weights()
-        runner = self._runners.get(batch)
-        if runner is None or runner.cache.places < places:
-            self._runners.pop(batch, None)
-            while len(self._runners) >= _KEPT:
-                self._runners.popitem(last=False)
-            runner = Runner(self._backbone, batch, places)
-            self._runners[batch] = runner
-        self._runners.move_to_end(batch)
+        runner = self._runner(request)
         with self._on_device(), attachment.run(runner.program):
             if not self._prepared(runner):
-                del self._runners[batch]
+                del self._runners[request.rows]
                 return None
-            runner.cache.fill(request.captures, request.last_tokens, request.repeats)
+            request.fill(runner.cache)
             if request.streamer is not None:
-                request.streamer.put(request.prompt)
+                request.streamer.put(request.prompts)
             decoded = _loop(runner, request)
         if request.streamer is not None:
             request.streamer.end()
         return decoded
+
+    def _runner(self, request: DecodeRequest) -> Runner:
+        """One that is kept, or a new one in place of those that are too small or least used."""
+        runner = self._runners.get(request.rows)
+        if runner is None or runner.cache.places < request.places:
+            self._runners.pop(request.rows, None)
+            while len(self._runners) >= _KEPT:
+                self._runners.popitem(last=False)
+            runner = Runner(self._backbone, request.rows, request.places)
+            self._runners[request.rows] = runner
+        self._runners.move_to_end(request.rows)
+        return runner
 
     def _on_device(self) -> AbstractContextManager[Any]:
         """Streams and kernels belong to the current device, which need not be the model's."""
@@ -200,59 +186,11 @@ class Runner:
         return self._logits
 
 
-class _Tape:
-    """Generated tokens on their way to the host, without making the device wait."""
-
-    def __init__(self, num_steps: int, batch: int, device: torch.device) -> None:
-        self._on_cuda = device.type == "cuda"
-        self._rows = torch.empty(num_steps, batch, dtype=torch.int64, pin_memory=self._on_cuda)
-        self._events: list[torch.cuda.Event] = []
-
-    def put(self, step: int, tokens_B: Tensor) -> None:
-        self._rows[step].copy_(tokens_B, non_blocking=True)
-        if self._on_cuda:
-            event = torch.cuda.Event()
-            event.record()
-            self._events.append(event)
-
-    def get(self, step: int) -> Tensor:
-        """Tokens [B] of a step, once they are there."""
-        if self._on_cuda:
-            self._events[step].synchronize()
-        return self._rows[step]
-
-
-class _Reader:
-    """Reads tokens as they come: streams them, notes the time of the first, and when all rows have ended."""
-
-    def __init__(self, tape: _Tape, batch: int, request: DecodeRequest) -> None:
-        self._tape = tape
-        self._request = request
-        self._open = torch.ones(batch, dtype=torch.bool)
-        self._ends = torch.tensor(request.choice.eos_ids, dtype=torch.int64)
-        self.num_read = 0
-        self.stopped_at = 0
-        self.first_at = 0.0
-
-    def read(self, up_to: int) -> bool:
-        """Read tokens until `up_to` steps are read; True once nothing more is wanted."""
-        while self.num_read < up_to and not self.stopped_at and bool(self._open.any()):
-            tokens_B = self._tape.get(self.num_read)
-            self.first_at = self.first_at or time.perf_counter()
-            self.num_read += 1
-            if self._request.streamer is not None:
-                self._request.streamer.put(tokens_B.clone())
-            self._open &= ~torch.isin(tokens_B, self._ends)
-            if self._request.stopped():
-                self.stopped_at = self.num_read
-        return bool(self.stopped_at) or not bool(self._open.any())
-
-
 def _loop(runner: Runner, request: DecodeRequest) -> Decoded:
     cache, device = runner.cache, runner.cache.tokens_B.device
-    tape = _Tape(request.num_tokens, cache.batch, device)
-    reader = _Reader(tape, cache.batch, request)
-    ahead = LOOKAHEAD if device.type == "cuda" else 0
+    tape = Tape(request.num_tokens, cache.batch, device)
+    reader = Reader(tape, request, device)
+    ahead = request.ahead if device.type == "cuda" else 0
     for step in range(request.num_tokens):
         tokens_B = request.choice(runner.step(), step)
         cache.tokens_B.copy_(tokens_B)
@@ -264,4 +202,4 @@ def _loop(runner: Runner, request: DecodeRequest) -> Decoded:
         reader.read(request.num_tokens)
     finished_at = time.perf_counter()
     rows = torch.stack([tape.get(step) for step in range(reader.num_read)], 1).tolist()
-    return Decoded(rows, reader.stopped_at, reader.first_at, finished_at, runner.path)
+    return Decoded(rows, reader.close(), reader.first_at, finished_at, runner.path)

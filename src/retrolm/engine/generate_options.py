@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import copy
-import threading
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StopStringCriteria
+from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import UserError, suggest, unknown
+from .decode_reading import LOOKAHEAD
+from .stop_criteria import StopNote, StopWhen, stop_strings
 from .token_choice import TokenChoice
 
 DECODING = ("auto", "fast", "plain")
 _ARGUMENTS = ("generation_config", "logits_processor", "prefix_allowed_tokens_fn", "stopping_criteria", "streamer")
+_OWN = ("tokenizer", "decoding", "decode_ahead")
 _MAX_NEW_TOKENS = 64
 _DEFAULT_TOP_K = 50  # transformers' own
 _OURS = "RetroLM builds the cache and its inputs itself. Leave it out."
@@ -64,6 +65,8 @@ class GenerateOptions:
         keeps_rows: whether row i stays row i while generating (not so in beam search).
         decoding: "plain" = transformers' `generate`; "auto" = the engine's own loop over a compact cache of fixed
             shape where it applies and pays, which is on a GPU (the default); "fast" = that or an error.
+        decode_ahead: tokens that this loop may generate on a GPU before the first of them is read and put to the
+            criteria; what lies behind a stop is thrown away. 0 = none, for criteria that change what follows.
 
     Raises:
         UserError: an unknown option, or one that can't be honoured.
@@ -73,10 +76,13 @@ class GenerateOptions:
         self, model: Any, options: dict[str, Any], eos_ids: tuple[int, ...], pad_id: int, tokenizer: Any
     ) -> None:
         self._model = model
-        self._options = {key: value for key, value in options.items() if key not in ("tokenizer", "decoding")}
+        self._options = {key: value for key, value in options.items() if key not in _OWN}
         self.decoding = options.get("decoding", "auto")
         if self.decoding not in DECODING:
             raise UserError(f"decoding={self.decoding!r} is not a choice.{suggest(str(self.decoding), DECODING)}")
+        self.decode_ahead = options.get("decode_ahead", LOOKAHEAD)
+        if not isinstance(self.decode_ahead, int) or self.decode_ahead < 0:
+            raise UserError(f"decode_ahead must be a whole number from 0 on, got {self.decode_ahead!r}.")
         self._check()
         found = self._value("eos_token_id") if self._given("eos_token_id") else list(eos_ids)
         self.eos_ids = tuple(found) if isinstance(found, list) else () if found is None else (int(found),)
@@ -89,9 +95,9 @@ class GenerateOptions:
         self.pad_id = pad_id if own_pad is None else int(own_pad)
         self.streamer = self._options.pop("streamer", None)
         self._criteria = list(self._options.pop("stopping_criteria", None) or [])
-        stop_strings = self._options.pop("stop_strings", None)
-        if stop_strings:
-            self._criteria.append(_stop_strings(options.get("tokenizer", tokenizer), stop_strings))
+        strings = self._options.pop("stop_strings", None)
+        if strings:
+            self._criteria.append(stop_strings(options.get("tokenizer", tokenizer), strings))
         self._processors = list(self._options.pop("logits_processor", None) or [])
 
     def call(self, num_tokens: int, processor: Any, streamer: BaseStreamer | None) -> Call:
@@ -117,14 +123,22 @@ class GenerateOptions:
         """What in these options only transformers' `generate` can do; None if the engine's own loop can do it all."""
         if self._processors or self._options.get("prefix_allowed_tokens_fn") is not None:
             return "a logits processor"
-        if any(not isinstance(criterion, StopWhen) for criterion in self._criteria):
-            return "a stopping criterion"
         names = {*vars(GenerationConfig()), *self._options} - {"transformers_version"}
         for name in sorted(name for name in names if not name.startswith("_") and name not in _LOOP_KNOWS):
             value = self._value(name)
             if value is not None and value not in _OFF.get(name, ()):
                 return f"{name}={value!r}"
         return None
+
+    def loop_settings(self) -> dict[str, Any]:
+        """What these options say about a `DecodeRequest`."""
+        return {
+            "choice": self.token_choice(),
+            "pad_id": self.pad_id,
+            "criteria": self.criteria,
+            "ahead": self.decode_ahead,
+            "stopped": self.stopped,
+        }
 
     def token_choice(self) -> TokenChoice:
         """How the engine's own loop chooses tokens."""
@@ -138,8 +152,13 @@ class GenerateOptions:
         )
 
     def stopped(self) -> bool:
-        """Whether a stop was asked for from outside (`StopWhen`); only without other criteria."""
-        return any(criterion.is_set for criterion in self._criteria)
+        """Whether a stop was asked for from outside (`StopWhen`)."""
+        return any(criterion.is_set for criterion in self._criteria if isinstance(criterion, StopWhen))
+
+    @property
+    def criteria(self) -> list[Any]:
+        """Stopping criteria but for stops from outside, those of `stop_strings` last."""
+        return [criterion for criterion in self._criteria if not isinstance(criterion, StopWhen)]
 
     def _defaulted(self, name: str, default: Any) -> Any:
         """An option's value where transformers has a default of its own for options that nobody set."""
@@ -152,7 +171,7 @@ class GenerateOptions:
             if key in _RULED_OUT and not (key == "use_cache" and value):
                 raise UserError(f"The generation option {key!r} can't be used here. {_RULED_OUT[key]}")
             if key not in allowed and key not in _ARGUMENTS and key != "use_cache":
-                raise unknown("generation option", key, [*allowed, *_ARGUMENTS])
+                raise unknown("generation option", key, [*allowed, *_ARGUMENTS, *_OWN])
 
     def _given(self, name: str) -> bool:
         config = self._options.get("generation_config")
@@ -172,41 +191,6 @@ class Call:
     def __init__(self, arguments: dict[str, Any], stop: StopNote) -> None:
         self.arguments = arguments
         self.stop = stop
-
-
-class StopNote(StoppingCriteria):
-    """Asks the user's criteria, and notes where each row stopped.
-
-    Attributes:
-        lengths: tokens of each row, prompt included, when a criterion first held; 0 where none did.
-    """
-
-    def __init__(self, criteria: list[Any]) -> None:
-        self._criteria = criteria
-        self.lengths: list[int] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        rows, length = input_ids.shape
-        done = torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
-        for criterion in self._criteria:
-            done |= torch.as_tensor(criterion(input_ids, scores, **kwargs), device=done.device)
-        self.lengths = self.lengths or [0] * rows
-        self.lengths = [at or length * held for at, held in zip(self.lengths, done.tolist(), strict=True)]
-        return done
-
-
-class StopWhen(StoppingCriteria):
-    """Stops all rows once an event is set."""
-
-    def __init__(self, event: threading.Event) -> None:
-        self._event = event
-
-    @property
-    def is_set(self) -> bool:
-        return self._event.is_set()
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        return torch.full((len(input_ids),), self._event.is_set(), device=input_ids.device)
 
 
 class OneStream(BaseStreamer):
@@ -231,9 +215,3 @@ class OneStream(BaseStreamer):
     def close(self) -> None:
         """The last call ended."""
         self._streamer.end()
-
-
-def _stop_strings(tokenizer: Any, strings: str | list[str]) -> StopStringCriteria:
-    if tokenizer is None:
-        raise UserError("The generation option 'stop_strings' needs a tokenizer. Pass one to RetroLM.")
-    return StopStringCriteria(tokenizer, strings)

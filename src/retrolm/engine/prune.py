@@ -82,7 +82,7 @@ def generate_pruned(
         )
     finished, new = time.perf_counter(), out[:, width:].tolist()
     timings = Timings(0.0, first.at - started, (finished - first.at) / max(len(new[0]) - 1, 1))
-    stops = [max(at - width, 0) for at in call.stop.lengths] or [0] * len(prompts)
+    stops = call.stop.stops(len(prompts), width)
     rows = [ended(row, checked.eos_ids, stop) for row, stop in zip(new, stops, strict=True)]
     share = cache.num_bytes // len(prompts)
     return [_pruned(seen, sample, *row, share, timings) for sample, row in enumerate(rows)]

@@ -68,7 +68,7 @@ def stock_answers(
     )
     finished = time.perf_counter()
     rows = out[:, width:].tolist()
-    stops = [max(at - width, 0) for at in call.stop.lengths] or [0] * len(rows)
+    stops = call.stop.stops(len(rows), width)
     found = [ended(row, checked.eos_ids, stop) for row, stop in zip(rows, stops, strict=True)]
     steps = max(out.shape[1] - width - 1, 1)
     return [

@@ -27,17 +27,24 @@ def cut_answer(text: str, stops: Sequence[str]) -> str:
 class StopAfter:
     """Generation criterion: a row is done once its answer holds a stop string.
 
-    Called with input_ids int64 [B, T], prompt included, after each token; returns bool [B]. One object per `generate`.
+    Called with input_ids int64 [B, T], prompt included, after each token; returns bool [B]. The engine says where each
+    generation begins (`begin`); otherwise the first call of an object counts as the first token of its only one.
 
     Args:
         keep_spaces: let a stop string count before the first visible character too.
     """
+
+    on_host = True  # texts are compared there, wherever the model runs
 
     def __init__(self, tokenizer: Any, stops: Sequence[str], keep_spaces: bool = False) -> None:
         self._tokenizer = tokenizer
         self._stops = stops
         self._keep_spaces = keep_spaces
         self._width = 0
+
+    def begin(self, num_prompt_tokens: int) -> None:
+        """A generation behind prompts of so many tokens follows."""
+        self._width = num_prompt_tokens
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
         self._width = self._width or input_ids.shape[1] - 1
