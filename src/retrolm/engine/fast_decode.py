@@ -186,11 +186,16 @@ class Runner:
         return self._logits
 
 
+def steps_ahead(request: DecodeRequest, device: torch.device) -> int:
+    """Steps that the loop may be ahead of what is read; a CPU would only compute what is thrown away."""
+    return request.ahead if device.type == "cuda" else 0
+
+
 def _loop(runner: Runner, request: DecodeRequest) -> Decoded:
     cache, device = runner.cache, runner.cache.tokens_B.device
     tape = Tape(request.num_tokens, cache.batch, device)
     reader = Reader(tape, request, device)
-    ahead = request.ahead if device.type == "cuda" else 0
+    ahead = steps_ahead(request, device)
     for step in range(request.num_tokens):
         tokens_B = request.choice(runner.step(), step)
         cache.tokens_B.copy_(tokens_B)
