@@ -56,7 +56,9 @@ def evaluate(
     ] = ["retrolm"],  # noqa: B006
     kv_budget: Annotated[list[int], typer.Option("--kv-budget", help="Tokens per layer; may be repeated.")] = [2048],  # noqa: B006
     batch_size: Annotated[int, typer.Option(help="Samples read and answered side by side.", min=1)] = 1,
-    chunk_pages: Annotated[int, typer.Option(help="Pages encoded at once, over all samples of a batch.")] = 16,
+    chunk_pages: Annotated[
+        int, typer.Option(help="Pages encoded at once, over all samples of a batch. 0 = what suits.")
+    ] = 0,
     adapter: AdapterOption = ["none"],  # noqa: B006
     settings: SetOption = [],  # noqa: B006
     keep_pages: Annotated[bool, typer.Option("--keep-pages", help="Keep the pages used in the sample rows.")] = False,

@@ -78,7 +78,7 @@ class Preset:
     model: str
     tables: tuple[TablePlan, ...]
     page_size: int = 128
-    chunk_pages: int = 16
+    chunk_pages: int = 0
     batch_size: int = 1
     seed: int = 42
 
