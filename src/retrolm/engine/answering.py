@@ -118,6 +118,7 @@ class Outcome:
         dense_heads: in each layer, most keys that a generated token attended by heads that are left dense on purpose,
             reported apart as well; 0 where there is none.
         device_bytes, host_bytes: keys and values kept when generation ended. max_position: highest RoPE position.
+        decode_path: what generated, as in `Answer`.
     """
 
     token_ids: list[int]
@@ -131,6 +132,7 @@ class Outcome:
     left_dense: frozenset[int] = frozenset()
     dense_heads: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    decode_path: str = "generate"
 
 
 def prompt_answer(lm: RetroLM, outcome: Outcome) -> Answer:
@@ -149,6 +151,7 @@ def prompt_answer(lm: RetroLM, outcome: Outcome) -> Answer:
         kv_bytes={"device": outcome.device_bytes, "host": outcome.host_bytes, "cache": 0},
         truncated=not outcome.ended,
         notes=outcome.notes,
+        decode_path=outcome.decode_path,
         attended_by_layer={"prefill": tuple(outcome.prefill), "decode": _by_layer(outcome)},
     )
 

@@ -33,7 +33,7 @@ class Prediction:
         ttft_s: from the start of reading to the first token of the batch. tpot_s: each further token. prefill_s:
             reading alone, without the question (0 where it isn't a step of its own).
         kv_bytes: keys and values kept, by place. attended_by_layer: as `attended_tokens`, for each layer apart; empty
-            for page methods. pages: what was retrieved, if asked for.
+            for page methods. pages: what was retrieved, if asked for. decode_path: what generated, as in `Answer`.
     """
 
     text: str
@@ -47,6 +47,7 @@ class Prediction:
     kv_bytes: dict[str, int] = field(default_factory=dict)
     attended_by_layer: dict[str, list[int]] = field(default_factory=dict)
     pages: dict[str, Any] | None = None
+    decode_path: str = ""
 
 
 class Reader(Protocol):
@@ -110,6 +111,7 @@ class RetroReader:
             kv_bytes=dict(answer.kv_bytes),
             attended_by_layer={key: list(value) for key, value in answer.attended_by_layer.items()},
             pages=_pages(answer) if self._keep_pages else None,
+            decode_path=answer.decode_path,
         )
 
 
