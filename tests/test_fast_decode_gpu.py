@@ -12,7 +12,11 @@ from retrolm.config import RetroConfig
 from retrolm.engine.decode_step import fused_obstacle
 from retrolm.engine.fast_decode import Runner, fast_decode_of
 from retrolm.engine.model import RetroLM
+from retrolm.evaluation.readers import RetroReader
+from test_decode_stopping import Watch, compare, ragged, story_lm
+from test_eval_decoding import stopping_samples
 from test_fast_decode import FIXED, W, scramble
+from tiny_eval import tiny_lm
 from tiny_models import random_ids, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -66,6 +70,77 @@ def test_retrieving_again_refills_the_same_graph() -> None:
     assert fast == generated(lm, ids, decoding="plain")
     assert generated(lm, ids, decoding="fast") == fast
     assert list(fast_decode_of(lm.attachment, lm.backbone)._runners.values()) == runners and len(runners) == 1
+
+
+@pytest.mark.parametrize("ahead", [0, 8])
+@pytest.mark.parametrize("stops", [[3, 9, 6], [1, 1, 1], [30, 4, 30]], ids=str)
+def test_rows_stop_one_by_one_as_in_generate(stops: list[int], ahead: int) -> None:
+    ids, mask = (x.cuda() for x in ragged())
+    options = {"attention_mask": mask, "max_new_tokens": 17, "do_sample": False, "decode_ahead": ahead}
+    for ends in (list(range(2, 9)), []):
+        compare(attach("qwen2"), ids, stops, eos_token_id=ends, **options)
+
+
+class OnTheDevice(Watch):
+    """Looks at where it is asked; needs the ids on the GPU, with what it made there before."""
+
+    def __init__(self, stops: list[int]) -> None:
+        super().__init__(stops)
+        self.known = torch.arange(128, device="cuda")
+        self.streams: list[torch.cuda.Stream] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        assert bool((self.known[input_ids] == input_ids).all())
+        self.streams.append(torch.cuda.current_stream())
+        return super().__call__(input_ids, scores, **kwargs).cuda()
+
+
+def test_criteria_are_asked_beside_the_steps() -> None:
+    lm, watch = attach("llama"), OnTheDevice([11])
+    ids = random_ids(90)[None].cuda()
+    free = lm.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=[], decoding="fast")
+    options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": [], "decoding": "fast"}
+    out = lm.generate(ids, stopping_criteria=[watch], **options)
+    assert out.tolist() == free[:, :101].tolist()
+    assert [len(seen[0]) for seen, _, _ in watch.calls] == list(range(91, 102))
+    assert torch.cuda.default_stream() not in watch.streams
+
+
+def test_sampled_rows_that_stop_are_those_that_do_not() -> None:
+    """With the same seed: neither stops nor what is generated ahead of them change a draw before."""
+    lm, ids = attach("llama"), random_ids(90)[None].cuda()
+    outs = []
+    for criteria in ([], [Watch([3, 12, 7])]):
+        torch.manual_seed(5)
+        options: dict[str, Any] = {"do_sample": True, "num_return_sequences": 3, "eos_token_id": []}
+        out = lm.generate(ids, max_new_tokens=16, decoding="fast", stopping_criteria=criteria, **options)
+        outs.append(out[:, 90:].tolist())
+    for row, stop in enumerate((3, 12, 7)):
+        assert outs[1][row][:stop] == outs[0][row][:stop]
+    assert len(outs[1][0]) == 12
+
+
+def test_stop_strings_stop_the_graph() -> None:
+    here = story_lm()
+    here.detach()
+    lm = RetroLM(here.model.float().cuda(), here.tokenizer, config=here.config)
+    ids = random_ids(40)[None].cuda()
+    options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False}
+    free = lm.generate(ids, **options)[0, 40:]
+    stop = lm.tokenizer.decode(free[4:7])[1:]
+    found = [
+        lm.generate(ids, decoding=decoding, stop_strings=[stop], **options)[0, 40:] for decoding in ("fast", "plain")
+    ]
+    assert found[0].tolist() == found[1].tolist() and stop in lm.tokenizer.decode(found[0])
+
+
+def test_evaluation_decodes_with_the_graph() -> None:
+    here = tiny_lm()
+    here.detach()
+    lm = RetroLM(here.model.cuda(), here.tokenizer, config=here.config)
+    found = RetroReader(lm).answer(stopping_samples(["e", "the"]))
+    assert {prediction.decode_path for prediction in found} == {"fused layers, CUDA graph"}
+    assert all(prediction.tpot_s > 0 for prediction in found if prediction.num_generated > 1)
 
 
 SHAPES: list[dict[str, Any]] = [
