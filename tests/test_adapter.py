@@ -46,9 +46,9 @@ def bookmark_states(lm: RetroLM, ids: Tensor) -> tuple[list[Tensor], Tensor]:
     rows: list[Tensor] = []
 
     class Watching(SparseProgram):
-        def attend(self, layer: int, q: Tensor, k: Tensor, *rest: Any) -> Tensor:
-            rows.append(torch.cat([q[0, :, len(ids) :].flatten(), k[0, :, len(ids) :].flatten()]))
-            return super().attend(layer, q, k, *rest)
+        def choose(self, layer: int, q: Tensor, keys: Tensor, marks: tuple[Tensor, Tensor], *rest: Any) -> None:
+            rows.append(torch.cat([x.flatten() for x in marks]))
+            super().choose(layer, q, keys, marks, *rest)
 
     program = sparse_program(lm, lm.config, len(ids))
     program.__class__ = Watching
@@ -113,7 +113,7 @@ def test_streaming_and_one_pass_agree_with_an_adapter() -> None:
     lm.use_adapter(random_adapter(lm))
     logits = lm.logits(ids)
     expected = torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")
-    assert torch.allclose(bookmark_states(lm, ids)[1], expected, rtol=0, atol=1e-9)
+    assert torch.allclose(bookmark_states(lm, ids)[1], expected, rtol=0, atol=1e-5)
 
 
 def test_adapters_of_peft_itself_are_read(tmp_path: Path) -> None:

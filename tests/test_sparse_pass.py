@@ -210,19 +210,32 @@ def test_a_prefix_longer_than_a_page_is_refused() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 7), st.integers(1, 6), st.integers(0, 4), st.integers(0, 99))
-def test_gathering_pages(num_pages: int, n: int, slots: int, seed: int) -> None:
-    """Values and gradients are those of plain indexing, bit for bit repeatable, whoever reads a page how often."""
+@given(st.integers(1, 7), st.integers(1, 6), st.integers(1, 4), st.booleans(), st.integers(0, 99))
+def test_gathering_pages(num_pages: int, n: int, slots: int, last_only: bool, seed: int) -> None:
+    """Values and gradients are those of plain indexing and turning, whoever reads a page how often."""
     generator = torch.Generator().manual_seed(seed)
-    pages = torch.randn(num_pages, 3, 2, 5, dtype=torch.float64, generator=generator).requires_grad_()
+    keys, values = (
+        torch.randn(num_pages, 3, 2, 6, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(2)
+    )
     picked = torch.randint(num_pages, (n, slots), generator=generator)
-    weights = torch.randn(n, slots * 3, 2, 5, dtype=torch.float64, generator=generator)
-    found = gather_pages(pages, picked)
-    expected = pages[picked].flatten(1, 2)
-    assert torch.equal(found, expected)
-    (grad,) = torch.autograd.grad((found * weights).sum(), pages)
-    (reference,) = torch.autograd.grad((expected * weights).sum(), pages)
-    assert torch.allclose(grad, reference, rtol=0, atol=1e-12)
+    span = slice(1, slots * 3 - 1)
+    angles = torch.randn(1, slots * 3 - 2, 1, 2, dtype=torch.float64, generator=generator).repeat(1, 1, 1, 2)
+    weights = torch.randn(2, n, slots * 3 - 2, 2, 6, dtype=torch.float64, generator=generator)
+    found = gather_pages(keys, values, picked, angles.cos(), angles.sin(), span, last_only)
+    read_k, read_v = (
+        torch.cat([x.detach()[picked[:, :-1]] if last_only else x[picked[:, :-1]], x[picked[:, -1:]]], 1)
+        for x in (keys, values)
+    )
+    read_k, read_v = (x.flatten(1, 2)[:, span] for x in (read_k, read_v))
+    first, second = read_k[..., :2], read_k[..., 2:4]
+    cos, sin = angles.cos()[..., :2], angles.sin()[..., :2]
+    read_k = torch.cat([first * cos - second * sin, second * cos + first * sin, read_k[..., 4:]], -1)
+    grads = []
+    for parts in (found, (read_k, read_v)):
+        total = (parts[0] * weights[0]).sum() + (parts[1] * weights[1]).sum()
+        grads.append(torch.autograd.grad(total, (keys, values)))
+    assert torch.allclose(found[0], read_k, rtol=0, atol=1e-12) and torch.equal(found[1], read_v)
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(*grads, strict=True))
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

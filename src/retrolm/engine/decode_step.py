@@ -154,12 +154,16 @@ def _odd_name(part: Any) -> str | None:
     return None if type(part.weight) is nn.Parameter else type(part.weight).__name__
 
 
-def foreign_hook(model: nn.Module) -> bool:
-    """Whether someone else watches or changes what modules do: hooks, or weights that accelerate fetches."""
+def foreign_hook(model: nn.Module, others: tuple[str, ...] = ()) -> bool:
+    """Whether someone else watches or changes what modules do: hooks, or weights that accelerate fetches.
+
+    Args:
+        others: modules whose hooks the caller knows of.
+    """
     modules = list(model.modules())
     hooks = [h for m in modules for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
     # Hooks of transformers' own only collect outputs that someone asks for.
-    known = (Attachment.__module__, "transformers.")
+    known = (Attachment.__module__, "transformers.", *others)
     return any(hasattr(m, "_hf_hook") for m in modules) or not all(_home(hook).startswith(known) for hook in hooks)
 
 

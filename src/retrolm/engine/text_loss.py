@@ -15,8 +15,11 @@ from ..methods import PageMethod, page_method
 from ..ops.cross_entropy import chunked_cross_entropy
 from .backbone import Backbone
 from .model import RetroLM
+from .placement import sent
 from .running import checkpoint_contexts
-from .sparse_pass import SparsePages, SparseProgram
+from .sparse_pages import SparsePages
+from .sparse_pass import SparseProgram
+from .text_layers import takes_text, text_rows
 
 
 def sparse_program(
@@ -29,7 +32,7 @@ def sparse_program(
     """
     method = lm.method if isinstance(lm.method, PageMethod) else page_method("retrolm")()
     pages = SparsePages.cut(num_tokens, num_prefix, config.page_size)
-    program = SparseProgram(lm.backbone, config, method, lm.retriever, pages, **options)
+    program = SparseProgram(lm.backbone, config, method, lm.retriever, pages, adapter=lm.adapter, **options)
     lm.backbone.require_positions(program.num_positions)
     return program
 
@@ -51,7 +54,7 @@ def token_losses(
         bookmark: embedding [hidden]. num_prefix: leading tokens that are not to be predicted.
         chunk: tokens whose logits exist at once.
     """
-    ids_T = ids_T.to(backbone.device)
+    ids_T = sent(ids_T, backbone.device)
     hidden_TC = _hidden(backbone, ids_T, program, bookmark)
     first = max(num_prefix, 1)
     head: Any = backbone.model.get_output_embeddings()
@@ -67,6 +70,8 @@ def _hidden(backbone: Backbone, ids_T: Tensor, program: SparseProgram | None, bo
         return hidden
     rows = backbone.embed(ids_T)
     marks = bookmark.detach().to(rows).expand(program.num_bookmarks, -1)
+    if takes_text(backbone, program):
+        return text_rows(backbone, program, rows, marks)
     inputs = torch.cat([rows, marks])[None]
     positions = torch.zeros(inputs.shape[:2], dtype=torch.int64, device=inputs.device)
     found: Tensor = backbone.decoder(inputs_embeds=inputs, position_ids=positions, use_cache=False).last_hidden_state

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,8 +20,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Te
         out: where to write, of the shape and dtype of `x`, in any layout; not with gradients.
 
     Returns:
-        A new tensor of the shape and dtype of `x`, or `out`.
+        A new tensor of the shape and dtype of `x`, or `out`; differentiable in `x`.
     """
+    if x.requires_grad and torch.is_grad_enabled():
+        turned: Tensor = _Rotate.apply(x, cos, sin)
+        return turned
+    x = x.detach()
     rotary_dims = cos.shape[-1]
     half = rotary_dims // 2
     if _at_once(x, cos, out):
@@ -29,9 +35,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Te
         return rotated
     cos, sin = cos[..., :half].to(x.dtype), sin[..., :half].to(x.dtype)
     first, second = x[..., :half], x[..., half:rotary_dims]
-    if x.requires_grad:
-        parts = [first * cos - second * sin, second * cos + first * sin, x[..., rotary_dims:]]
-        return torch.cat(parts, dim=-1)
     out = torch.empty_like(x) if out is None else out
     # Four fused multiply(-add) passes over halves: on a CPU this is a third of the time of cat(-x2, x1) * sin.
     torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
@@ -44,7 +47,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Te
 def _at_once(x: Tensor, cos: Tensor, out: Tensor | None) -> bool:
     """Whether one kernel can do it."""
     fits = 1 < x.dim() <= 4 and all(part.stride(-1) == 1 for part in (x, cos, x if out is None else out))
-    return fits and not x.requires_grad and x.numel() > 0 and launch.runs_on(x)
+    return fits and x.numel() > 0 and launch.runs_on(x)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return rotate(grads[0], cos, -sin), None, None
 
 
 def unscaled(x: Tensor, scaling: float, rotary_dims: int) -> Tensor:
