@@ -35,7 +35,7 @@ def outcome(found: list[Prediction]) -> list[tuple[object, ...]]:
     return [(p.text, p.num_generated, p.truncated, p.attended_tokens) for p in found]
 
 
-@pytest.mark.parametrize("method", ["retrolm", "recency"])
+@pytest.mark.parametrize("method", ["retrolm", "recency", "full"])
 @pytest.mark.parametrize("place", [2, 5])
 def test_answers_that_stop_apart_are_the_same(method: str, place: int, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny_lm(method=method)
@@ -55,12 +55,12 @@ def test_answers_that_stop_apart_are_the_same(method: str, place: int, monkeypat
 
 @pytest.mark.usefixtures("as_on_a_gpu")
 def test_rows_say_what_decoded(tmp_path: Path) -> None:
-    variants = [Variant("retrolm", 64, "none"), Variant("snapkv", 64), Variant("recency", 64)]
+    variants = [Variant("full"), Variant("retrolm", 64, "none"), Variant("snapkv", 64)]
     run_stories(tmp_path, variants=variants, batch_size=2, extra=stopping_samples(["e"]))
     rows = list(read_lines(tmp_path / SAMPLES_FILE))
     assert not any(row["failed"] for row in rows)
     paths = {(row["method"], row["decode_path"]) for row in rows}
-    assert paths == {("retrolm", LOOP), ("recency", LOOP), ("snapkv", "generate")}
+    assert paths == {("full", LOOP), ("retrolm", LOOP), ("snapkv", "generate")}
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")

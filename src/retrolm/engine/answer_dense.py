@@ -39,5 +39,6 @@ class DenseProgram(PromptProgram):
             timings=Timings(0.0, found.ttft_s, found.tpot_s),
             device_bytes=sum(min(window, found.num_attended) * row_bytes for window in windows),
             max_position=found.num_attended - 1,
+            decode_path=found.decode_path,
         )
         return prompt_answer(self.lm, outcome)

@@ -102,6 +102,12 @@ class Attachment:
                 self._program = outer
                 PROGRAM.reset(token)
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep all other passes out of the model until the block ends."""
+        with self._lock:
+            yield
+
     def keep(self, handles: list[Any]) -> None:
         """Take charge of further hooks on the model; `detach` removes them too."""
         self._handles += handles

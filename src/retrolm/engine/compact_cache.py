@@ -6,6 +6,7 @@ Shape letters: B samples, K KV heads, C places, D head dim, L layers.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from .backbone import Backbone
 from .prefill import QueryCapture
@@ -58,10 +59,16 @@ class CompactCache:
                 self.keys[layer][rows, :, start:room] = keys[:-1].transpose(0, 1)
                 self.values[layer][rows, :, start:room] = values[:-1].transpose(0, 1)
                 starts[layer, sample] = start
-        self.starts_LB.copy_(starts.repeat_interleave(repeats, 1))
-        self.index.fill_(room)
-        self.positions_B.copy_((ends - 1).repeat_interleave(repeats))
-        self.tokens_B.copy_(torch.tensor(last_tokens).repeat_interleave(repeats))
+        rest = (ends, torch.tensor(last_tokens))
+        ends, tokens = (x.repeat_interleave(repeats) for x in rest)
+        self.begin(ends, starts.repeat_interleave(repeats, 1), tokens)
+
+    def begin(self, ends_B: Tensor, starts_LB: Tensor, last_tokens_B: Tensor) -> None:
+        """Feed samples' last tokens next; `ends_B`: tokens of each, the last one included (int64 on the host)."""
+        self.starts_LB.copy_(starts_LB)
+        self.index.fill_(int(ends_B.max()) - 1)
+        self.positions_B.copy_(ends_B - 1)
+        self.tokens_B.copy_(last_tokens_B)
 
     def advance(self) -> None:
         """The next token stands one place further."""

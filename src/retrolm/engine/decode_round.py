@@ -10,14 +10,13 @@ from torch import Tensor
 from transformers import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
-from ..errors import UserError
 from ..paging import PageTable
 from .attachment import Attachment
 from .backbone import Backbone
 from .compact_cache import places_for
 from .decode import DecodeProgram, build_cache
 from .decode_reading import DecodeRequest
-from .fast_decode import Decoded, FastDecode, fast_decode_of
+from .fast_decode import Decoded, fast_decode_of
 from .generate_options import GenerateOptions
 from .prefill import LayerChoice, QueryCapture
 
@@ -104,13 +103,18 @@ class Round:
 
 @dataclass(frozen=True)
 class Continuation:
-    """What was generated behind a round's queries: (tokens, ended) of each sequence, in how many steps, when, how."""
+    """What was generated behind prompts: (tokens, ended) of each sequence, in how many steps, when, how."""
 
     rows: list[tuple[list[int], bool]]
     num_steps: int
     first_at: float
     finished_at: float
     path: str
+
+    @property
+    def tpot_s(self) -> float:
+        """Time of each step behind the first, however early one of the rows ended."""
+        return (self.finished_at - self.first_at) / max(self.num_steps - 1, 1)
 
 
 class FirstToken(LogitsProcessor):
@@ -134,16 +138,9 @@ def continue_round(attachment: Attachment, backbone: Backbone, asked: Round) -> 
         UserError: the engine's own loop is asked for and can't be had.
     """
     backbone.require_positions(max(asked.ends) + asked.num_tokens - 1)
-    fast, options = fast_decode_of(attachment, backbone), asked.options
-    obstacle = options.loop_obstacle() or fast.obstacle()
-    if obstacle is None and wants_loop(options, fast):
-        decoded = fast.run(attachment, asked.request(_width(backbone, asked)))
-        if decoded is not None:
-            return _from_loop(decoded, options)
-    obstacle = obstacle or fast.obstacle()  # capturing may have failed
-    if options.decoding == "fast":
-        raise UserError(f"decoding='fast' can't be had here: {obstacle}. Use decoding='auto'.")
-    return _by_generate(attachment, backbone, asked, obstacle)
+    fast = fast_decode_of(attachment, backbone)
+    decoded, path = fast.attempt(attachment, asked.options, lambda: asked.request(_width(backbone, asked)))
+    return _by_generate(attachment, backbone, asked, path) if decoded is None else from_loop(decoded, asked.options)
 
 
 def _width(backbone: Backbone, asked: Round) -> int:
@@ -151,19 +148,15 @@ def _width(backbone: Backbone, asked: Round) -> int:
     return backbone.cache_room(max(asked.ends) - 1, asked.num_tokens) + 1
 
 
-def wants_loop(options: GenerateOptions, fast: FastDecode) -> bool:
-    """Whether the engine's own loop is asked for, or the default here."""
-    return options.decoding == "fast" or (options.decoding == "auto" and fast.pays())
-
-
-def _from_loop(decoded: Decoded, options: GenerateOptions) -> Continuation:
+def from_loop(decoded: Decoded, options: GenerateOptions) -> Continuation:
+    """What the engine's own loop generated, each row up to its end."""
     rows = [ended(row, options.eos_ids, stop) for row, stop in zip(decoded.rows, decoded.stops, strict=True)]
     return Continuation(rows, decoded.num_steps, decoded.first_at, decoded.finished_at, decoded.path)
 
 
 @torch.no_grad()
-def _by_generate(attachment: Attachment, backbone: Backbone, asked: Round, obstacle: str | None) -> Continuation:
-    """Transformers' `generate`, with all its features; `obstacle` says why not the engine's own loop."""
+def _by_generate(attachment: Attachment, backbone: Backbone, asked: Round, path: str) -> Continuation:
+    """Transformers' `generate`, with all its features."""
     options = asked.options
     width, first = _width(backbone, asked), FirstToken()
     cache, starts, mask = build_cache(asked.captures, width - 1)
@@ -180,7 +173,6 @@ def _by_generate(attachment: Attachment, backbone: Backbone, asked: Round, obsta
     rows, finished = out[:, width:].tolist(), time.perf_counter()
     stops = call.stop.stops(len(rows), width) if options.keeps_rows else [0] * len(rows)
     found = [ended(row, options.eos_ids, stop) for row, stop in zip(rows, stops, strict=True)]
-    path = "generate" + (f" ({obstacle})" if obstacle else "")
     return Continuation(found, out.shape[1] - width, first.at, finished, path)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +18,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from .attachment import Attachment
 from .backbone import Backbone
 from .compact_cache import CompactCache
 from .decode_reading import DecodeRequest, Reader, Tape
 from .decode_step import FusedStep, StaticProgram, Step, StockStep, foreign_hook, fused_obstacle
+from .generate_options import GenerateOptions
 
 _KEPT = 2  # caches, one per batch size, that stay ready
+_SPACIOUS = 1.25
 _WARM_UPS = 2
 
 
@@ -74,34 +78,66 @@ class FastDecode:
         """Whether this is the default: launching kernels is what decoding on CUDA spends its time on."""
         return self._backbone.device.type == "cuda"
 
+    def attempt(
+        self,
+        attachment: Attachment,
+        options: GenerateOptions,
+        request: Callable[[], DecodeRequest],
+        obstacle: str | None = None,
+    ) -> tuple[Decoded | None, str]:
+        """Generate if the options want this loop and nothing stands against it, such as a caller's `obstacle`.
+
+        Returns what was generated, or None; and what generates, for reports: with None `generate`, and why.
+
+        Raises:
+            UserError: this loop is asked for and can't be had.
+        """
+        obstacle = obstacle or options.loop_obstacle() or self.obstacle()
+        if obstacle is None and (options.decoding == "fast" or (options.decoding == "auto" and self.pays())):
+            decoded = self.run(attachment, request())
+            if decoded is not None:
+                return decoded, decoded.path
+            obstacle = self.obstacle()  # capturing has failed
+        if options.decoding == "fast":
+            raise UserError(f"decoding='fast' can't be had here: {obstacle}. Use decoding='auto'.")
+        return None, "generate" + (f" ({obstacle})" if obstacle else "")
+
     @torch.no_grad()
     def run(self, attachment: Attachment, request: DecodeRequest) -> Decoded | None:
         """Generate; None if the step can't be captured here, which `obstacle` then explains."""
-        self._forget_other_weights()
-        runner = self._runner(request)
-        with self._on_device(), attachment.run(runner.program):
-            if not self._prepared(runner):
-                del self._runners[request.rows]
-                return None
+        with self._on_device(), attachment.alone():
+            self._forget_other_weights()
+            runner = self._runner(request)
+            with attachment.run(runner.program):
+                if not self._prepared(runner):
+                    del self._runners[request.rows]
+                    return None
             request.fill(runner.cache)
             if request.streamer is not None:
                 request.streamer.put(request.prompts)
-            decoded = _loop(runner, request)
+            with attachment.run(runner.program):
+                decoded = _loop(runner, request)
         if request.streamer is not None:
             request.streamer.end()
         return decoded
 
     def _runner(self, request: DecodeRequest) -> Runner:
         """One that is kept, or a new one in place of those that are too small or least used."""
-        runner = self._runners.get(request.rows)
-        if runner is None or runner.cache.places < request.places:
-            self._runners.pop(request.rows, None)
+        runner = self._runners.pop(request.rows, None)
+        if runner is not None and runner.cache.places < request.places:
+            runner = None  # its memory is free before another one is made
+        if runner is None:
             while len(self._runners) >= _KEPT:
                 self._runners.popitem(last=False)
             runner = Runner(self._backbone, request.rows, request.places)
-            self._runners[request.rows] = runner
-        self._runners.move_to_end(request.rows)
+        self._runners[request.rows] = runner
         return runner
+
+    def release_but(self, rows: int, places: int) -> None:
+        """Give back caches for other numbers of rows, and one that is much larger than `places`."""
+        for key, runner in list(self._runners.items()):
+            if key != rows or runner.cache.places > _SPACIOUS * places:
+                del self._runners[key]
 
     def _on_device(self) -> AbstractContextManager[Any]:
         """Streams and kernels belong to the current device, which need not be the model's."""
@@ -120,6 +156,10 @@ class FastDecode:
         """Give caches and graphs back."""
         self._runners.clear()
 
+    def remove(self) -> None:
+        """As hooks are removed: when their attachment is detached."""
+        self.release()
+
     def _prepared(self, runner: Runner) -> bool:
         try:
             runner.prepare()
@@ -135,6 +175,7 @@ def fast_decode_of(attachment: Attachment, backbone: Backbone) -> FastDecode:
     """The `FastDecode` that belongs to an attachment."""
     if attachment not in _OF:
         _OF[attachment] = FastDecode(backbone)
+        attachment.keep([_OF[attachment]])
     return _OF[attachment]
 
 

@@ -130,7 +130,7 @@ class Generator:
             _record(query, capture, own, backbone)
             query.decode_path = found.path
             query.ttft_s = query.ttft_s or found.first_at - started
-            query.tpot_s = (found.finished_at - found.first_at) / max(found.num_steps - 1, 1)
+            query.tpot_s = found.tpot_s
 
 
 def _record(query: Query, capture: QueryCapture, found: list[tuple[list[int], bool]], backbone: Backbone) -> None:

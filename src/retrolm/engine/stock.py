@@ -1,7 +1,7 @@
 """Dense attention by the stock model inside a `RetroLM`: the same token ids, nothing left out, nothing replaced.
 
 Several prompts are prefilled one by one (no padding, no mask, so the stock kernels run as they would alone) and then
-decoded together over their joined caches.
+decoded together: by the engine's own loop over one cache of fixed shape, or by `generate` over their joined caches.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from .decode_round import FirstToken, ended
+from ..errors import UserError
+from .decode_round import Continuation, FirstToken, ended, from_loop
+from .dense_decode import dense_request
+from .fast_decode import fast_decode_of
 from .generate_options import GenerateOptions
 
 if TYPE_CHECKING:
@@ -30,7 +33,7 @@ class StockAnswer:
         text: the answer without special tokens. token_ids: its tokens.
         num_attended: most keys that any token attended to.
         ttft_s: from the start of the batch to its first token. tpot_s: each further token.
-        truncated: generation stopped at `max_new_tokens`.
+        truncated: generation stopped at `max_new_tokens`. decode_path: what generated, as in `Answer`.
     """
 
     text: str
@@ -39,6 +42,7 @@ class StockAnswer:
     ttft_s: float
     tpot_s: float
     truncated: bool
+    decode_path: str
 
 
 @torch.no_grad()
@@ -51,37 +55,68 @@ def stock_answers(
         options: as for transformers' `generate`, one sequence per prompt.
 
     Raises:
-        UserError: an unknown option, or one that can't be honoured.
+        UserError: an unknown option, one that can't be honoured, or nothing to answer.
     """
     if not can_join(lm) and len(prompts) > 1:
         return [stock_answers(lm, [ids], max_new_tokens=max_new_tokens, **options)[0] for ids in prompts]
     checked = GenerateOptions(lm.model, options, lm.eos_ids, lm.pad_id, lm.tokenizer)
-    started, first = time.perf_counter(), FirstToken()
-    width = max(map(len, prompts))
-    input_ids, mask = left_padded(prompts, lm.pad_id, width)
-    call = checked.call(max_new_tokens, first, checked.streamer)
-    out = lm.model.generate(
-        input_ids=input_ids.to(lm.device),
-        attention_mask=mask.to(lm.device).long(),
-        past_key_values=_prefilled(lm, prompts),
-        **call.arguments,
-    )
-    finished = time.perf_counter()
-    rows = out[:, width:].tolist()
-    stops = call.stop.stops(len(rows), width)
-    found = [ended(row, checked.eos_ids, stop) for row, stop in zip(rows, stops, strict=True)]
-    steps = max(out.shape[1] - width - 1, 1)
+    _require_one_sequence(prompts, max_new_tokens, checked)
+    started = time.perf_counter()
+    found = _continued(lm, prompts, max_new_tokens, checked)
     return [
         StockAnswer(
             text=lm.tokenizer.decode(tokens, skip_special_tokens=True).strip() if lm.tokenizer is not None else "",
             token_ids=tuple(tokens),
             num_attended=len(ids) + max(len(tokens) - 1, 0),
-            ttft_s=first.at - started,
-            tpot_s=(finished - first.at) / steps,
+            ttft_s=found.first_at - started,
+            tpot_s=found.tpot_s,
             truncated=not over,
+            decode_path=found.path,
         )
-        for ids, (tokens, over) in zip(prompts, found, strict=True)
+        for ids, (tokens, over) in zip(prompts, found.rows, strict=True)
     ]
+
+
+def _require_one_sequence(prompts: Sequence[Sequence[int]], max_new_tokens: int, checked: GenerateOptions) -> None:
+    if checked.num_return_sequences > 1:
+        raise UserError("Dense attention generates one sequence per prompt. Leave out num_return_sequences.")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+    if not all(prompts):
+        raise UserError("Nothing to answer: a prompt has no tokens.")
+
+
+def _continued(
+    lm: RetroLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, checked: GenerateOptions
+) -> Continuation:
+    """By the engine's own loop over a cache of the whole prompts where it applies and is wanted, else by `generate`."""
+    input_ids, _ = left_padded(prompts, lm.pad_id, max(map(len, prompts)))
+    request = dense_request(lm, prompts, input_ids, max_new_tokens, checked)
+    slides = any(info.window is not None for info in lm.backbone.layers)
+    fast, obstacle = fast_decode_of(lm.attachment, lm.backbone), "a dense prompt in sliding layers" if slides else None
+    fast.release_but(request.rows, request.places)
+    decoded, path = fast.attempt(lm.attachment, checked, lambda: request, obstacle)
+    return _by_generate(lm, prompts, max_new_tokens, checked, path) if decoded is None else from_loop(decoded, checked)
+
+
+def _by_generate(
+    lm: RetroLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, checked: GenerateOptions, path: str
+) -> Continuation:
+    width, first = max(map(len, prompts)), FirstToken()
+    input_ids, mask = left_padded(prompts, lm.pad_id, width)
+    call, cache = checked.call(max_new_tokens, first, checked.streamer), _prefilled(lm, prompts)
+    if cache is not None and checked.num_sequences > 1:
+        cache.batch_repeat_interleave(checked.num_sequences)
+    out = lm.model.generate(
+        input_ids=input_ids.to(lm.device),
+        attention_mask=mask.to(lm.device).long(),
+        past_key_values=cache,
+        **call.arguments,
+    )
+    rows, finished = out[:, width:].tolist(), time.perf_counter()
+    stops = call.stop.stops(len(rows), width) if checked.keeps_rows else [0] * len(rows)
+    found = [ended(row, checked.eos_ids, stop) for row, stop in zip(rows, stops, strict=True)]
+    return Continuation(found, out.shape[1] - width, first.at, finished, path)
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_id: int, width: int) -> tuple[Tensor, Tensor]:
