@@ -119,6 +119,10 @@ def test_speed(bench: Path, tmp_path: Path) -> None:
     for row in done.json["rows"]:
         assert row["speed_up"] == row["sparse"]["tokens_per_s"] / row["full"]["tokens_per_s"]
         assert len(row["full"]["all_tokens_per_s"]) == 2
+        for kind in ("sparse", "full"):
+            assert list(row[kind]["parts"]) == ["forward", "backward", "optimiser"]
+            assert all(0 < part["host_s"] <= part["seconds"] for part in row[kind]["parts"].values())
+    assert done.err.count("backward") == 4  # two lengths, two kinds
     run_cli(*words, "--pool", tmp_path).refused_in_one_line("is a recipe of stage 2", "--pool has no meaning")
 
 

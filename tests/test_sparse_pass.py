@@ -255,3 +255,21 @@ def test_chunked_cross_entropy(chunk: int, softcap: float | None) -> None:
     assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(got, wanted, strict=True))
     with pytest.raises(ValueError, match="the same gradient for every token"):
         chunked_cross_entropy(hidden, weight, labels, chunk, softcap)[:5].sum().backward()
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_cross_entropy_in_half_precision(softcap: float | None) -> None:
+    """Sure of most labels, whose share leaves little: a gradient of that little, not of what rounding leaves of it."""
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(63, 12), torch.randn(111, 12), torch.randint(111, (63,))
+    hidden = (hidden + 2 * weight[labels]).bfloat16().requires_grad_()
+    weight = weight.bfloat16()
+    found = chunked_cross_entropy(hidden, weight, labels, 16, softcap)
+    logits = (hidden @ weight.T).detach().float().requires_grad_()  # rounded as they are
+    capped = softcap * torch.tanh(logits / softcap) if softcap else logits
+    expected = torch.nn.functional.cross_entropy(capped, labels, reduction="none")
+    assert found.dtype == torch.float32 and torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+    (wanted,) = torch.autograd.grad(expected.sum(), logits)
+    (got,) = torch.autograd.grad(found.sum(), hidden)
+    wanted = wanted @ weight.float()
+    assert float((got.float() - wanted).norm()) < 0.01 * float(wanted.norm())

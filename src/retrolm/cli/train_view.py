@@ -59,6 +59,12 @@ def show_speed(row: dict[str, Any]) -> None:
     if row["speed_up"] is not None:
         parts.append(f"{row['speed_up']:.2f} times as fast")
     note(" · ".join(parts))
+    for kind in ("sparse", "full"):
+        note(f"  one {kind} step: " + " · ".join(_part(name, part) for name, part in row[kind]["parts"].items()))
+
+
+def _part(name: str, part: dict[str, float]) -> str:
+    return f"{name} {1000 * part['seconds']:.0f} ms (host {1000 * part['host_s']:.0f})"
 
 
 def show_cost(found: dict[str, Any]) -> None:

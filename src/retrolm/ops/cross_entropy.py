@@ -47,7 +47,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk)
             losses[rows], grad = _chunk(hidden_TC[rows], weight, labels_T[rows], softcap, wants_hidden or wants_weight)
             if grad is not None and grad_hidden is not None:
-                grad_hidden[rows] = grad @ weight
+                torch.mm(grad, weight, out=grad_hidden[rows])
             if grad is not None and grad_weight is not None:
                 grad_weight += (grad.T @ hidden_TC[rows]).to(grad_weight.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -56,10 +56,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         scale_T = grads[0]
-        if bool((scale_T != scale_T[:1]).any()):
+        if _differs(scale_T):
             raise ValueError("chunked_cross_entropy takes the same gradient for every token (sum or mean)")
         found = [None if g is None else g * scale_T[0].to(g.dtype) for g in ctx.saved_tensors]
         return found[0], found[1], None, None, None
+
+
+def _differs(scale_T: Tensor) -> bool:
+    """Whether tokens' gradients differ. That of a sum is one number seen many times, which nobody has to look at."""
+    return scale_T.stride() != (0,) and bool((scale_T != scale_T[:1]).any())
 
 
 def _chunk(
@@ -70,12 +75,13 @@ def _chunk(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
-    log_total = logits.logsumexp(1)
-    losses = log_total - logits.gather(1, labels[:, None])[:, 0]
+    log_shares = logits.log_softmax(1)
+    losses_T1 = -log_shares.gather(1, labels[:, None])
     if not with_grad:
-        return losses, None
-    grad = (logits - log_total[:, None]).exp_()
-    grad[torch.arange(len(labels), device=grad.device), labels] -= 1
+        return losses_T1[:, 0], None
+    # Rounded while it is written; the labels' own are set apart, since a share near 1 would lose what is left to it.
+    grad = torch.exp(log_shares, out=torch.empty_like(log_shares, dtype=hidden.dtype))
+    grad.scatter_(1, labels[:, None], torch.expm1(-losses_T1).to(grad.dtype))
     if softcap:
         grad *= 1 - (logits / softcap) ** 2
-    return losses, grad.to(hidden.dtype)
+    return losses_T1[:, 0], grad

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from ...engine.sparse_pass import SparseProgram
 from ...engine.text_loss import checkpoint_layers, sparse_program
 from .backbone import load_backbone
 from .config import Stage2Recipe, Stage2TrainConfig
-from .step import Stage2Step
+from .step import Stage2Step, new_optimizer
 
+PARTS = ("forward", "backward", "optimiser")
 CHECK_TOKENS = 999
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.02}
 
@@ -41,7 +43,10 @@ def measure_speed(
 
     Returns:
         "equal": whether sparse and full attention give one loss where the budget holds the text, "check_losses" both
-        losses, "rows": per length tokens/s (median, and all), peak memory and the speed-up (None if not equal).
+        losses, "rows": per length and kind tokens/s (median, and all), peak memory and "parts", and the speed-up (None
+        if not equal). The parts are those of a step on one more text: for each of `PARTS` seconds, with the device
+        waited for before and after, and host_s, the time until its work was handed to the device (as long as `seconds`
+        where launching is what takes the time).
     """
     losses = _check(step, train)
     equal = abs(losses[0] - losses[1]) <= TOLERANCE[train.dtype] * losses[1]
@@ -64,7 +69,10 @@ def _row(step: Stage2Step, train: Stage2TrainConfig, num_tokens: int, repeats: i
             measured = _timed(step, piece, program)
             if turn:
                 runs.append(measured)
-    return {"num_tokens": num_tokens, **{kind: _figures(num_tokens, runs) for kind, runs in found.items()}}
+    figures = {kind: _figures(num_tokens, runs) for kind, runs in found.items()}
+    for kind in figures:
+        figures[kind]["parts"] = _parts(step, train, num_tokens, kind)
+    return {"num_tokens": num_tokens, **figures}
 
 
 def _figures(num_tokens: int, runs: list[tuple[float, int]]) -> dict[str, Any]:
@@ -74,6 +82,45 @@ def _figures(num_tokens: int, runs: list[tuple[float, int]]) -> dict[str, Any]:
         "all_tokens_per_s": speeds,
         "peak_device_bytes": max(peak for _, peak in runs),
     }
+
+
+def _parts(step: Stage2Step, train: Stage2TrainConfig, num_tokens: int, kind: str) -> dict[str, dict[str, float]]:
+    """Seconds of each part of a step on one text, which leaves the weights as they are."""
+    piece = _random_piece(step, num_tokens, 0)
+    made: dict[str, Tensor] = {}
+    optimizer = new_optimizer(step, train)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    found: dict[str, dict[str, float]] = {}
+    for _ in range(2):  # the first time the optimiser makes room for its averages
+        program = _program(step, train, num_tokens) if kind == "sparse" else None
+        works: list[Callable[[], Any]] = [
+            partial(_keep_loss, made, step, piece, program),
+            lambda: made.pop("loss").backward(),
+            lambda: _move(step, train, optimizer),
+        ]
+        with step.running(program):
+            found = {name: _seconds(step, work) for name, work in zip(PARTS, works, strict=True)}
+    return found
+
+
+def _keep_loss(made: dict[str, Tensor], step: Stage2Step, piece: Tensor, program: SparseProgram | None) -> None:
+    made["loss"] = step(piece, program)
+
+
+def _move(step: Stage2Step, train: Stage2TrainConfig, optimizer: torch.optim.Optimizer) -> None:
+    torch.nn.utils.clip_grad_norm_(step.parameters(), train.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _seconds(step: Stage2Step, work: Callable[[], Any]) -> dict[str, float]:
+    step.lm.wait()
+    started = time.perf_counter()
+    work()
+    host_s = time.perf_counter() - started
+    step.lm.wait()
+    return {"seconds": time.perf_counter() - started, "host_s": host_s}
 
 
 def _timed(step: Stage2Step, piece: Tensor, program: SparseProgram | None) -> tuple[float, int]:

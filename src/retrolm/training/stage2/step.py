@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,10 +90,12 @@ def retriever_digest(lm: RetroLM) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def weight_groups(step: Stage2Step, train: Stage2TrainConfig) -> list[dict[str, Any]]:
-    """Optimiser groups: matrices decay, vectors don't."""
+def new_optimizer(step: Stage2Step, train: Stage2TrainConfig) -> torch.optim.AdamW:
+    """AdamW over what is trained, on its device; matrices decay, vectors don't."""
     trained = [p for p in step.parameters() if p.requires_grad]
-    return [
+    groups = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": train.weight_decay},
         {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
     ]
+    on_gpu = trained[0].device.type == "cuda"
+    return torch.optim.AdamW(groups, lr=train.lr, betas=(0.9, train.beta2), fused=on_gpu or None)

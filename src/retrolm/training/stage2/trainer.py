@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,7 @@ from .artefact import save_model
 from .backbone import check_lengths
 from .config import Stage2Recipe
 from .pieces import PieceStream, held_out_pieces, num_prefix_tokens
-from .step import Stage2Step, retriever_digest, weight_groups
+from .step import Stage2Step, new_optimizer, retriever_digest
 
 ADAPTER_FOLDER = "adapter"
 MODEL_FOLDER = "model"
@@ -70,8 +71,9 @@ class Stage2Trainer(TrainingLoop[Tensor]):
         self.step_module = self.trained = Stage2Step(lm, train, prefix, self._card()).to(lm.device)
         if train.checkpointing:
             checkpoint_layers(lm.model)
-        optimizer = torch.optim.AdamW(weight_groups(self.step_module, train), lr=train.lr, betas=(0.9, train.beta2))
+        optimizer = new_optimizer(self.step_module, train)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.step_module, optimizer)
+        self._unread: list[tuple[int, Tensor]] = []  # steps and losses that nobody has looked at yet
 
     @property
     def artefact_folder(self) -> Path:
@@ -94,29 +96,42 @@ class Stage2Trainer(TrainingLoop[Tensor]):
 
     def _one_step(self, batches: Iterator[Tensor]) -> None:
         started = time.perf_counter()
-        train = self.recipe.train
-        rate = learning_rate(self.step, train.num_steps, train.warmup, train.final_lr)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * train.lr
         taken = list(islice(batches, self._own_pieces))
         if self._any(len(taken) < self._own_pieces):
             raise UserError(
                 f"The documents end at step {self.step}. Raise epochs in the [data] table, or add documents."
             )
-        num_losses = self._sum(sum(map(self.step_module.num_losses, taken)))
-        losses = [self._accumulate(piece, num_losses, n == len(taken)) for n, piece in enumerate(taken, start=1)]
-        norm = self.accelerator.clip_grad_norm_(self.step_module.parameters(), train.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        loss = self.accelerator.reduce(torch.stack(losses).sum(), "sum") / num_losses
-        if not bool(torch.isfinite(loss)):
-            raise UserError(f"The loss is {float(loss)} at step {self.step}. Lower lr, or use dtype float32.")
+        loss, norm = self.update(taken)
+        self._unread.append((self.step, loss))
         self.step += 1
         self.tokens += self._sum(sum(map(len, taken)))
         self.seconds += time.perf_counter() - started
-        if self.step % train.log_every == 0 or self.step == 1:
-            row = {"step": self.step, "loss": rounded(loss), "lr": rate * train.lr}
+        if self.step % self.recipe.train.log_every == 0 or self.step == 1:
+            self._check_losses()
+            row = {"step": self.step, "loss": rounded(loss), "lr": self._rate(self.step - 1)}
             self._record({**row, **self._figures(norm)})
+
+    def update(self, pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Move the weights once by this process's pieces; returns the mean loss of a token and the gradient's norm.
+
+        Nothing here waits for the device.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate(self.step)
+        num_losses = self._sum(sum(map(self.step_module.num_losses, pieces)))
+        losses = [self._accumulate(piece, num_losses, n == len(pieces)) for n, piece in enumerate(pieces, start=1)]
+        norm = self.accelerator.clip_grad_norm_(self.step_module.parameters(), self.recipe.train.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return self.accelerator.reduce(torch.stack(losses).sum(), "sum") / num_losses, norm
+
+    def save(self) -> None:
+        self._check_losses()
+        super().save()
+
+    def _rate(self, step: int) -> float:
+        train = self.recipe.train
+        return learning_rate(step, train.num_steps, train.warmup, train.final_lr) * train.lr
 
     def _accumulate(self, piece: Tensor, num_losses: int, last: bool) -> Tensor:
         """Add a piece's gradients to those of the step's mean loss; processes exchange them with the last piece."""
@@ -127,7 +142,23 @@ class Stage2Trainer(TrainingLoop[Tensor]):
             self.accelerator.backward(loss * (processes / num_losses))
         return loss.detach()
 
+    def _check_losses(self) -> None:
+        """Wait for the device, and raise `UserError` if a step's loss since the last check is no number.
+
+        Nothing was saved since then.
+        """
+        steps, self._unread = self._unread, []
+        if not steps:
+            return
+        started = time.perf_counter()
+        means = torch.stack([loss for _, loss in steps]).tolist()
+        self.seconds += time.perf_counter() - started
+        for (step, _), loss in zip(steps, means, strict=True):
+            if not math.isfinite(loss):
+                raise UserError(f"The loss is {loss} at step {step}. Lower lr, or use dtype float32.")
+
     def _dev_round(self) -> None:
+        self._check_losses()
         loss = self.dev_loss()
         self._details()["dev_loss"] = {"step": self.step, "loss": loss}
         self._record({"step": self.step, "dev_loss": loss})
