@@ -143,6 +143,19 @@ def test_what_is_generated_ahead_leaves_no_trace(ahead_by: int) -> None:
     assert after.tolist() == fresh.generate(random_ids(50)[None], **options).tolist()
 
 
+@pytest.mark.usefixtures("ahead")
+def test_draws_for_what_is_thrown_away_are_given_back() -> None:
+    """Answers that follow are sampled as if nothing had been generated ahead: as `generate` does."""
+    lm, found = attach(), []
+    for decoding, ahead_by in (("fast", 8), ("fast", 1), ("fast", 0), ("plain", 0)):
+        torch.manual_seed(5)
+        options: dict[str, Any] = {"do_sample": True, "decoding": decoding, "decode_ahead": ahead_by}
+        for stop in (3, 1, 20):
+            out = lm.generate(random_ids(40)[None], max_new_tokens=9, stopping_criteria=[Watch([stop])], **options)
+            found.append(out.tolist())
+    assert found[:3] == found[3:6] == found[6:9] == found[9:]
+
+
 @pytest.mark.parametrize("ahead_by", [0, 3])
 @pytest.mark.usefixtures("ahead")
 def test_none_ahead_means_that_each_token_waits_for_the_criteria(

@@ -12,6 +12,7 @@ from retrolm.config import RetroConfig
 from retrolm.engine.decode_step import fused_obstacle
 from retrolm.engine.fast_decode import Runner, fast_decode_of
 from retrolm.engine.model import RetroLM
+from retrolm.engine.stock import stock_answers
 from retrolm.evaluation.readers import RetroReader
 from test_decode_stopping import Watch, compare, ragged, story_lm
 from test_eval_decoding import stopping_samples
@@ -118,6 +119,55 @@ def test_sampled_rows_that_stop_are_those_that_do_not() -> None:
     for row, stop in enumerate((3, 12, 7)):
         assert outs[1][row][:stop] == outs[0][row][:stop]
     assert len(outs[1][0]) == 12
+
+
+def test_draws_for_what_is_thrown_away_are_given_back() -> None:
+    lm, ids, found = attach("llama"), random_ids(90)[None].cuda(), []
+    for ahead in (0, 8):
+        torch.manual_seed(5)
+        options: dict[str, Any] = {"do_sample": True, "decoding": "fast", "decode_ahead": ahead, "max_new_tokens": 16}
+        found.append([lm.generate(ids, stopping_criteria=[Watch([stop])], **options).tolist() for stop in (3, 1, 20)])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "phi3"])
+def test_dense_answers_are_the_stock_models(name: str) -> None:
+    lm = RetroLM(tiny_model(name, dtype=torch.float32).cuda(), method="full")
+    rows = [random_ids(length, length).tolist() for length in (1, 300, 700, 20)]
+    options: dict[str, Any] = {"max_new_tokens": 25, "do_sample": False, "eos_token_id": []}
+    with torch.no_grad():
+        expected = [
+            lm.model.generate(torch.tensor([ids]).cuda(), pad_token_id=1, **options)[0, len(ids) :].tolist()
+            for ids in rows
+        ]
+    together = stock_answers(lm, rows, **options)
+    assert {answer.decode_path.split(", ")[1] for answer in together} == {"CUDA graph"}
+    assert sum(list(a.token_ids) == b for a, b in zip(together, expected, strict=True)) >= 3  # a near tie may turn
+    watch = Watch([4, 20, 9, 1])
+    stopped = stock_answers(lm, rows, stopping_criteria=[watch], **options)
+    assert [a.token_ids for a in stopped] == [a.token_ids[:n] for a, n in zip(together, watch.stops, strict=True)]
+
+
+def test_a_dense_answer_holds_one_cache() -> None:
+    """Against `generate`: no more at the peak but rounding; what stays goes with the attachment."""
+    lm = RetroLM(tiny_model("llama", dtype=torch.float32, **SHAPES[2]).cuda(), method="full")
+    ids, spare = random_ids(8000).tolist(), 96 << 20  # workspaces of a captured step
+    peaks, held = {}, {}
+    for decoding in ("plain", "fast"):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        stock_answers(lm, [ids], max_new_tokens=20, do_sample=False, decoding=decoding)
+        peaks[decoding] = torch.cuda.max_memory_allocated() - before
+        held[decoding] = torch.cuda.memory_allocated() - before
+    (runner,) = fast_decode_of(lm.attachment, lm.backbone)._runners.values()
+    size = runner.cache.bytes()
+    del runner
+    assert size > 2 * spare
+    assert peaks["fast"] <= peaks["plain"] + size // 8 + spare
+    assert held["fast"] <= held["plain"] + size + spare
+    lm.detach()
+    assert torch.cuda.memory_allocated() - before <= spare
 
 
 def test_stop_strings_stop_the_graph() -> None:

@@ -68,6 +68,25 @@ class Tape:
         return self._rows[step]
 
 
+class Draws:
+    """States of the random numbers behind each sampled step: those drawn for steps thrown away are given back."""
+
+    def __init__(self, device: torch.device) -> None:
+        cuda = torch.cuda.default_generators if device.type == "cuda" else ()
+        index = device.index if device.index is not None or not cuda else torch.cuda.current_device()
+        self._generator = cuda[index] if cuda else torch.default_generator
+        self._states: list[Tensor] = []
+
+    def note(self) -> None:
+        """A step has drawn; nothing waits for the device."""
+        self._states.append(self._generator.get_state())
+
+    def back_to(self, num_steps: int) -> None:
+        """Go on as if only so many steps had drawn."""
+        if num_steps < len(self._states):
+            self._generator.set_state(self._states[num_steps - 1])
+
+
 class _Inquiry:
     """Puts each token to the criteria, behind its prompt, as `generate` would.
 

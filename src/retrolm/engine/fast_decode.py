@@ -22,7 +22,7 @@ from ..errors import UserError
 from .attachment import Attachment
 from .backbone import Backbone
 from .compact_cache import CompactCache
-from .decode_reading import DecodeRequest, Reader, Tape
+from .decode_reading import DecodeRequest, Draws, Reader, Tape
 from .decode_step import FusedStep, StaticProgram, Step, StockStep, foreign_hook, fused_obstacle
 from .generate_options import GenerateOptions
 
@@ -237,15 +237,20 @@ def _loop(runner: Runner, request: DecodeRequest) -> Decoded:
     tape = Tape(request.num_tokens, cache.batch, device)
     reader = Reader(tape, request, device)
     ahead = steps_ahead(request, device)
+    draws = Draws(device) if request.choice.sample and ahead else None
     for step in range(request.num_tokens):
         tokens_B = request.choice(runner.step(), step)
         cache.tokens_B.copy_(tokens_B)
         tape.put(step, tokens_B)
+        if draws is not None:
+            draws.note()
         # The first token is read at once: it is what a user waits for.
         if reader.read(step + 1 - ahead if step else 1):
             break
     else:
         reader.read(request.num_tokens)
     finished_at = time.perf_counter()
+    if draws is not None:
+        draws.back_to(reader.num_read)
     rows = torch.stack([tape.get(step) for step in range(reader.num_read)], 1).tolist()
     return Decoded(rows, reader.close(), reader.first_at, finished_at, runner.path)
