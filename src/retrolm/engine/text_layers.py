@@ -79,6 +79,7 @@ class _TextLayer:
     ) -> None:
         self._backbone, self._program, self._marks, self._layer = backbone, program, marks, layer
         self._module: Any = backbone.decoder.layers[layer]
+        self._parts: list[list[Any]] = [[self._module.get_submodule(name) for name in names] for names in GROUPS]
         self._groups = groups
         adapter = program.adapter
         self._scale = 0.0 if adapter is None else adapter.alpha / adapter.rank
@@ -95,9 +96,9 @@ class _TextLayer:
         return x + out
 
     def _linears(self, number: int, rows: Tensor, groups: Sequence[LoraGroup]) -> tuple[Tensor, ...]:
-        parts: list[Any] = [self._module.get_submodule(name) for name in GROUPS[number]]
+        parts, group = self._parts[number], groups[number]
         weights, biases = [part.weight for part in parts], [part.bias for part in parts]
-        return adapted_linears(rows, weights, biases, groups[number].down, groups[number].ups, self._scale)
+        return adapted_linears(rows, weights, biases, group.down, group.ups, self._scale)
 
     def _attention(self, *projected: Tensor) -> Tensor:
         """[T, H, D]."""
