@@ -227,3 +227,15 @@ def test_shipped_recipes_can_be_read(path: Path) -> None:
     recipe = load_recipe(path)
     assert isinstance(recipe.train, Stage2TrainConfig) and recipe.data.dev_path
     assert recipe.train.engine_config() == RetroConfig(causal_selection=recipe.train.causal_selection)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_nothing_saved(documents: Path, tmp_path: Path) -> None:
+    """Losses are looked at where they are logged and before anything is saved, whichever comes first."""
+    trainer = tiny_stage2_trainer(tmp_path, documents, log_every=5)
+    kept = trainer.update
+    numbers = iter([1.0, 1.0, float("nan")])
+    trainer.update = lambda pieces: (kept(pieces)[0] * next(numbers), None)  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="loss is nan at step 2"):
+        trainer.run()
+    steps = [row["step"] for row in rows(tmp_path)]
+    assert steps == [1] and tiny_stage2_trainer(tmp_path, documents).run(resume=True)
