@@ -1,6 +1,7 @@
-"""The engine's own decoding loop: one captured step, replayed per token over a compact cache of fixed shape.
+"""The engine's own decoding loop: one captured step, replayed per token over a cache of fixed shape.
 
-On CUDA a step is a graph, and the host runs some steps ahead of the tokens it reads, so that the device never waits.
+On CUDA a step is a graph, and the host runs some steps ahead of the tokens it reads and puts to stopping criteria, so
+that the device never waits; what lies behind the end is thrown away.
 Without CUDA the same loop runs the step directly; it serves as the reference of the graph.
 """
 
