@@ -43,7 +43,7 @@ def test_every_question_of_the_register_has_its_card() -> None:
     assert 0.9 * 4000 < sample.extra["num_tokens"] + task.max_new_tokens <= 4000
     cards = [sample.context[start:end] for start, end in sample.gold_spans]
     for number, (card, key) in enumerate(zip(cards, sample.answers, strict=True), 3):
-        assert f"{number}. What is the locker number of {card.partition(' is a ')[0]}?" in sample.context
+        assert f"{number}. Which locker does {card.partition(' is a ')[0]} have?" in sample.context
         assert card.endswith(f"is {key}.")
 
 

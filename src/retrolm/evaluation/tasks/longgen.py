@@ -26,7 +26,7 @@ CARD = (
     "The locker number of {name} is {key}."
 )
 LIST = "\n\nThese are {count} questions about the register.\n\n"
-QUESTION = "{number}. What is the locker number of {name}?"
+QUESTION = "{number}. Which locker does {name} have?"
 TASK = "\n\nAnswer all {count} questions in order, one line for each, with what stands on the card."
 ANSWER = "Answer {number}: {name}, a {trade} from {city}, has the locker number {key}.\n"
 MOST = 5000  # questions
