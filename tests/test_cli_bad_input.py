@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import os
 import pty
@@ -168,7 +169,9 @@ def test_ctrl_c_during_a_read(desk: Desk, tmp_path: Path) -> None:
     words = [sys.executable, "-m", "retrolm.cli.main", "ask", str(long_text), QUESTION, *desk.options]
     master, slave = pty.openpty()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "100"}
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=slave, env=environment)
+    # A suite that a shell runs in the background ignores the signal, and so would what it starts.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=slave, env=environment, preexec_fn=heed)
     os.close(slave)
     screen = _read_until(master, b"Reading", seconds=60)
     process.send_signal(signal.SIGINT)
