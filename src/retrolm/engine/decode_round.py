@@ -17,7 +17,7 @@ from .compact_cache import places_for
 from .decode import DecodeProgram, build_cache
 from .decode_reading import DecodeRequest
 from .fast_decode import Decoded, fast_decode_of
-from .generate_options import GenerateOptions
+from .generate_options import Call, GenerateOptions
 from .prefill import LayerChoice, QueryCapture
 
 
@@ -170,6 +170,13 @@ def _by_generate(attachment: Attachment, backbone: Backbone, asked: Round, path:
             past_key_values=cache,
             **call.arguments,
         )
+    return continuation(out, width, call, options, first, path)
+
+
+def continuation(
+    out: Tensor, width: int, call: Call, options: GenerateOptions, first: FirstToken, path: str
+) -> Continuation:
+    """What one call of `generate` returned behind prompts of `width` tokens; reads the tokens from the device."""
     rows, finished = out[:, width:].tolist(), time.perf_counter()
     stops = call.stop.stops(len(rows), width) if options.keeps_rows else [0] * len(rows)
     found = [ended(row, options.eos_ids, stop) for row, stop in zip(rows, stops, strict=True)]

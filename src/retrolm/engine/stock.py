@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..errors import UserError
-from .decode_round import Continuation, FirstToken, ended, from_loop
+from .decode_round import Continuation, FirstToken, continuation, from_loop
 from .dense_decode import dense_request
 from .fast_decode import fast_decode_of
 from .generate_options import GenerateOptions
@@ -113,10 +113,7 @@ def _by_generate(
         past_key_values=cache,
         **call.arguments,
     )
-    rows, finished = out[:, width:].tolist(), time.perf_counter()
-    stops = call.stop.stops(len(rows), width) if checked.keeps_rows else [0] * len(rows)
-    found = [ended(row, checked.eos_ids, stop) for row, stop in zip(rows, stops, strict=True)]
-    return Continuation(found, out.shape[1] - width, first.at, finished, path)
+    return continuation(out, width, call, checked, first, path)
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_id: int, width: int) -> tuple[Tensor, Tensor]:
