@@ -27,6 +27,7 @@ from retrolm.training.data import (
     turns,
 )
 from retrolm.training.data.fact_wordings import draw_line_wording, draw_wording
+from retrolm.training.stage2 import asking
 
 TRAINING_MODULES = (
     chains,
@@ -38,6 +39,7 @@ TRAINING_MODULES = (
     quoted,
     transcripts,
     turns,
+    asking,
 )
 SHARED_WORDS = 4
 NEEDLE = "One of the special magic numbers for {key} is: {value}."

@@ -57,22 +57,42 @@ def stage2(
     held_out: Annotated[int, typer.Option(help="Documents held out.", min=1)] = 32,
     excerpt_chars: Annotated[int, typer.Option(help="Characters kept of each document; 0 = all.", min=0)] = 0,
     held_out_chars: Annotated[int, typer.Option(help="The same for documents held out.", min=0)] = 0,
+    planted: Annotated[
+        int, typer.Option(help="Add so many texts with planted facts, which end in questions on them.", min=0)
+    ] = 0,
+    passages: Annotated[
+        int, typer.Option(help="Add so many texts of passages of --pairs, which end in questions on them.", min=0)
+    ] = 0,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(help="Folder with pairs.jsonl.gz (questions, answers) and passages.jsonl.gz.", show_default=False),
+    ] = None,
+    drop: Annotated[list[str], typer.Option(help="Source of --pairs to leave out; may be repeated.")] = [],  # noqa: B006
+    keep_out: Annotated[
+        list[Path], typer.Option(help="Evaluation file whose questions and passages are left out; may be repeated.")
+    ] = [],  # noqa: B006
+    asking_chars: Annotated[int, typer.Option(help="Characters of the longest of these texts.", min=2000)] = 42000,
     as_json: JsonFlag = False,
 ) -> None:
     """Split long documents into a part to train on and a part held out, as excerpts.
 
     `retrolm train stage2` reads any such files as they are, too.
     """
+    from ..training.stage2.asking import AskingDocuments, answered_rows
     from ..training.stage2.split import split_documents
 
+    if (passages > 0) != (pairs is not None):
+        raise UserError("--passages and --pairs belong together: give both, or neither.")
     with waiting("Splitting …"):
-        found = split_documents(source, out, held_out, excerpt_chars, held_out_chars)
+        rows = [] if pairs is None else answered_rows(pairs, drop, keep_out)
+        asking = AskingDocuments(planted, passages, rows, asking_chars)
+        found = split_documents(source, out, held_out, excerpt_chars, held_out_chars, asking)
     if as_json:
         print_json(found)
         return
-    rows = [(name, count(part["documents"]), count(part["chars"]), size((out / name).stat().st_size))
-            for name, part in found.items()]  # fmt: skip
-    show_table(("file", "documents", "characters", "bytes"), rows, right=(1, 2, 3))
+    cells = [(name, *(count(part[key]) for key in ("documents", "chars", "turns")), size((out / name).stat().st_size))
+             for name, part in found.items()]  # fmt: skip
+    show_table(("file", "documents", "characters", "questions", "bytes"), cells, right=(1, 2, 3, 4))
 
 
 def prepare(table: Any, model: str, data_root: Path, out: Path) -> dict[str, Any]:

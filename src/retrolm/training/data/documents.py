@@ -42,9 +42,16 @@ def _documents(path: Path, counts: RowCounts) -> Iterator[Document]:
 
 
 def as_document(row: Mapping[str, Any]) -> Document:
-    """The document in a row {"text", "title"?}; empty where the text is no text."""
+    """The document in a row {"text", "title"?, "turns"?}; empty where the text is no text."""
     text, title = row.get("text"), row.get("title")
-    return Document(title if isinstance(title, str) else "", text if isinstance(text, str) else "")
+    return Document(title if isinstance(title, str) else "", text if isinstance(text, str) else "", _turns(row))
+
+
+def _turns(row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Questions and answers of a row, as far as they are pairs of texts."""
+    found = row.get("turns")
+    pairs = [tuple(turn) for turn in found if isinstance(turn, list)] if isinstance(found, list) else []
+    return tuple(pair for pair in pairs if len(pair) == 2 and all(isinstance(part, str) for part in pair))  # type: ignore[misc]
 
 
 def _is_source(path: Path) -> bool:

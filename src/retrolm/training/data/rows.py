@@ -35,10 +35,11 @@ class PairRow:
 
 @dataclass(frozen=True)
 class Document:
-    """A long coherent text."""
+    """A long coherent text; `turns` are questions about it with their answers, which follow it."""
 
     title: str
     text: str
+    turns: tuple[tuple[str, str], ...] = ()
 
 
 Row = TypeVar("Row", PairRow, Document)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from ...engine.prompts import prompt_format
+from ...engine.prompts import PromptFormat, prompt_format
 from ...errors import UserError
 from ..data.documents import read_documents
 from ..data.hub import read_hub_documents
@@ -61,7 +61,7 @@ class PieceStream(IterableDataset[Tensor]):
         cut = piece_cutter(config, self._tokenizer)
         for _ in range(config.epochs):
             documents = (doc for doc in self._documents() if content_hash(doc.text) not in self._held_out)
-            pieces = interleaved((cut(doc.text) for doc in documents), config.interleave, chooser)
+            pieces = interleaved(map(cut, documents), config.interleave, chooser)
             empty = True
             for piece in pieces:
                 empty = False
@@ -78,17 +78,32 @@ class PieceStream(IterableDataset[Tensor]):
         return read_documents(self._data_root / self._config.path, RowCounts())
 
 
-def piece_cutter(config: Stage2DataConfig, tokenizer: Any) -> Callable[[str], list[Tensor]]:
-    """A function from a text to its pieces: [prefix | tokens], `max_tokens` long, the last one maybe shorter."""
-    prefix = prefix_ids(tokenizer, config.prefix)
+def piece_cutter(config: Stage2DataConfig, tokenizer: Any) -> Callable[[Document], list[Tensor]]:
+    """A function from a document to its pieces: [prefix | tokens], `max_tokens` long, the last one maybe shorter.
+
+    A document with turns is one piece that ends with them; one longer than a piece is left out.
+    """
+    form = prompt_format(tokenizer, chat=config.prefix == "chat")
+    prefix = list(form.prefix_ids)
     size, least = config.max_tokens - len(prefix), config.min_tokens - len(prefix)
 
-    def cut(text: str) -> list[Tensor]:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    def cut(document: Document) -> list[Tensor]:
+        ids = form.encode(document.text) + turn_ids(form, document.turns)
+        if document.turns and len(ids) > size:
+            return []
         parts = [ids[i : i + size] for i in range(0, len(ids), size)]
         return [torch.tensor(prefix + part) for part in parts if len(part) >= max(least, 2)]
 
     return cut
+
+
+def turn_ids(form: PromptFormat, turns: Sequence[tuple[str, str]]) -> list[int]:
+    """Questions and answers as they stand behind a document that is asked, one after the other."""
+    found: list[int] = []
+    for number, (question, answer) in enumerate(turns):
+        gap = " " if form.tail.endswith(":") else ""
+        found += form.question_ids(question, follow_up=number > 0) + form.encode(gap + answer)
+    return found
 
 
 def interleaved(documents: Iterable[list[Tensor]], width: int, chooser: random.Random) -> Iterator[Tensor]:
@@ -113,6 +128,6 @@ def held_out_pieces(config: Stage2DataConfig, tokenizer: Any, data_root: Path) -
         return [], frozenset()
     documents = list(read_documents(data_root / config.dev_path, RowCounts()))
     cut = piece_cutter(config, tokenizer)
-    cuts = [cut(document.text) for document in documents]
+    cuts = [cut(document) for document in documents]
     ranked = [pieces[turn] for turn in range(max(map(len, cuts))) for pieces in cuts if turn < len(pieces)]
     return ranked[: config.dev_pieces], frozenset(content_hash(document.text) for document in documents)

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ...errors import UserError
 from ..data.documents import read_documents
 from ..data.rows import Document, RowCounts, content_hash
+from .asking import AskingDocuments
 
 TRAIN_FILE = "train.jsonl.gz"
 HELD_OUT_FILE = "held_out.jsonl.gz"
 
 
 def split_documents(
-    source: Path, out: Path, num_held_out: int, excerpt_chars: int, held_out_chars: int
+    source: Path,
+    out: Path,
+    num_held_out: int,
+    excerpt_chars: int,
+    held_out_chars: int,
+    asking: AskingDocuments | None = None,
 ) -> dict[str, dict[str, int]]:
     """Write `train.jsonl.gz` and `held_out.jsonl.gz` into `out`; the same collection gives the same files.
 
@@ -25,6 +31,7 @@ def split_documents(
         num_held_out: documents held out: those of the smallest content hash, which says nothing about a text.
         excerpt_chars, held_out_chars: characters kept of each document, from the first line break past a tenth of it
             (front matter is left out); 0 = the whole.
+        asking: documents that end in questions, spread among those to train on.
 
     Returns:
         Documents and characters by file.
@@ -41,8 +48,18 @@ def split_documents(
     for name, wanted, chars in ((TRAIN_FILE, False, excerpt_chars), (HELD_OUT_FILE, True, held_out_chars)):
         documents = read_documents(source, RowCounts())
         part = (document for document in documents if (content_hash(document.text) in held_out) == wanted)
-        found[name] = _write(out / name, part, chars)
+        asked = None if wanted else asking
+        found[name] = _write(out / name, _excerpts(part, chars, len(ranked) - num_held_out, asked))
     return found
+
+
+def _excerpts(
+    documents: Iterable[Document], chars: int, num_documents: int, asking: AskingDocuments | None
+) -> Iterator[Document]:
+    for number, document in enumerate(documents):
+        yield Document(document.title, excerpt(document.text, chars))
+        if asking is not None:
+            yield from asking.after(document, number, num_documents)
 
 
 def excerpt(text: str, chars: int) -> str:
@@ -54,15 +71,17 @@ def excerpt(text: str, chars: int) -> str:
     return text[start : start + chars]
 
 
-def _write(path: Path, documents: Iterable[Document], chars: int) -> dict[str, int]:
+def _write(path: Path, documents: Iterable[Document]) -> dict[str, int]:
     part = path.with_suffix(".part")
-    counts = {"documents": 0, "chars": 0}
+    counts = {"documents": 0, "chars": 0, "turns": 0}
     # Without name and time in its head the file depends on the texts alone.
     with part.open("wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as file:
         for document in documents:
-            text = excerpt(document.text, chars)
-            file.write((json.dumps({"title": document.title, "text": text}, ensure_ascii=False) + "\n").encode())
+            row = {"title": document.title, "text": document.text}
+            row |= {"turns": document.turns} if document.turns else {}
+            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
             counts["documents"] += 1
-            counts["chars"] += len(text)
+            counts["chars"] += len(document.text)
+            counts["turns"] += len(document.turns)
     part.replace(path)
     return counts
