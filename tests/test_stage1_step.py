@@ -19,12 +19,15 @@ from retrolm.engine.model import RetroLM
 from retrolm.engine.page_attention import PageAttention
 from retrolm.engine.page_batch import page_batch
 from retrolm.errors import UserError
+from retrolm.retriever import load_retriever
 from retrolm.training.checkpoint import load_state
+from retrolm.training.data import Stage1Dataset
 from retrolm.training.schedule import learning_rate
 from retrolm.training.stage1.ahead import ReadAhead
-from retrolm.training.stage1.batches import Stage1Batch
+from retrolm.training.stage1.batches import Collate, Stage1Batch
+from retrolm.training.stage1.held_out import dev_config, held_out_recall, kind_of
 from retrolm.training.stage1.speed import PARTS, training_speed
-from retrolm.training.stage1.step import FrozenPass, Stage1Step
+from retrolm.training.stage1.step import FrozenPass, PageScores, Stage1Step
 from retrolm.training.stage1.trainer import Stage1Trainer, first_retriever
 from stage1_pool_maker import tiny_pool
 from stage1_run_maker import W, tiny_backbone, tiny_batch, tiny_recipe, tiny_trainer
@@ -180,7 +183,93 @@ def test_dev_recall_covers_all_lengths_and_counts_its_samples(tmp_path: Path) ->
     assert trainer.run()
     found = trainer.retriever.card.details["dev_recall"]
     assert found["step"] == 1 and 0 <= found["mean"] <= found["best"] <= 1
-    assert trainer.dev_recall() == {key: found[key] for key in ("mean", "best")}
+    assert trainer.dev_recall() == {key: found[key] for key in ("mean", "best", "layers", "kinds")}
+    assert max(found["layers"]) == found["best"] and len(found["layers"]) == 2
+    assert sorted(found["kinds"]) == ["cloze", "facts", "people"]  # wiki and chat are people's
+
+
+def test_recall_by_kind_adds_up(tmp_path: Path) -> None:
+    """Kinds measured one by one, weighted by their questions, give the mean over all."""
+    trainer = tiny_trainer(tmp_path, dev_samples=10)
+    step, config = trainer.step_module, dev_config(trainer.recipe.data, 200, 300)
+    data = Stage1Dataset(tiny_pool(), trainer.lm.tokenizer, config, 10, "dev")
+    collate = Collate(W, trainer.lm.pad_id)
+    found = held_out_recall(step, data, [[n] for n in range(10)], collate, trainer.lm.device)
+    hits: dict[str, list[torch.Tensor]] = {}
+    for number in range(10):
+        assert 200 <= len(data[number].input_ids) <= 300
+        result = step(collate([data[number]]))
+        counted = ~result.hits_LN[0].isnan()
+        hits.setdefault(kind_of(data[number].source), []).append(result.hits_LN[:, counted])
+    by_kind = {kind: torch.cat(parts, 1) for kind, parts in hits.items()}
+    assert {kind: part.mean().item() for kind, part in by_kind.items() if part.numel()} == pytest.approx(
+        {kind: share for kind, share in found["kinds"].items() if share is not None}, abs=1e-4
+    )
+    everything = torch.cat(list(by_kind.values()), 1).mean(1)
+    assert everything.tolist() == pytest.approx(found["layers"], abs=1e-4)
+    assert step.training
+
+
+def test_low_layers_learn_from_all_layers() -> None:
+    """The divergence is nothing where layers agree, and its target takes no gradient."""
+    lm, batch = tiny_backbone(), tiny_batch(tiny_recipe(), num_further=1)
+    module = Stage1Step(lm, random_retriever(lm, 0), tiny_recipe(teacher_share=1.0).train)
+    frozen = module.read(batch)
+    scores = module.scores(batch, frozen)
+    same = PageScores(scores.own_LKNP[:1].expand_as(scores.own_LKNP))
+    assert float(module.judge(batch, same, frozen).loss.detach()) == pytest.approx(0.0, abs=1e-6)
+    expected = 0.0
+    there = batch.pages.text_lengths > 0
+    for n, share in enumerate(batch.share_N.tolist()):
+        rows = scores.own_LKNP[:, 0, n, there[batch.sequence_N[n]]].detach().double()
+        target = rows.mean(0).softmax(0)
+        expected += share * float((target * (target.log() - rows.log_softmax(1))).sum(1).mean())
+    assert float(module.judge(batch, scores, frozen).loss.detach()) == pytest.approx(expected, rel=1e-4)
+    half = Stage1Step(lm, random_retriever(lm, 0), tiny_recipe(teacher_share=0.5).train)
+    none = Stage1Step(lm, random_retriever(lm, 0), tiny_recipe().train)
+    mean = (expected + float(none.judge(batch, scores, frozen).loss.detach())) / 2
+    assert float(half.judge(batch, scores, frozen).loss.detach()) == pytest.approx(mean, rel=1e-4)
+
+
+def test_a_running_mean_is_measured_and_kept(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path, ema=0.5, num_steps=3, lr=1e-2)
+    step = trainer.step_module
+    mean, seen = bits(step.retriever), []
+    follow = step.follow
+
+    def note(number: int) -> None:
+        seen.append(bits(step.retriever))
+        follow(number)
+
+    step.follow = note  # type: ignore[method-assign]
+    assert trainer.run() and len(seen) == 3
+    for number, weights in enumerate(seen):
+        decay = min(0.5, (1 + number) / (10 + number))
+        mean = {name: decay * value + (1 - decay) * weights[name] for name, value in mean.items()}
+    backbone = trainer.lm.backbone
+    found = load_retriever(trainer.retriever_folder, backbone.projection_shapes(), backbone.fingerprint())
+    assert found.card.details["step"] == 3
+    kept = found.state_dict()
+    assert all(torch.allclose(kept[name], value, atol=1e-6) for name, value in mean.items())
+    assert not all(torch.allclose(kept[name], value) for name, value in bits(step.retriever).items())
+    batch = tiny_batch(trainer.recipe)
+    frozen = step.read(batch)
+    trained = step.scores(batch, frozen).own_LKNP
+    step.eval()
+    measured = step.scores(batch, frozen).own_LKNP
+    step.retriever.load_state_dict(kept)
+    assert torch.allclose(step.train().scores(batch, frozen).own_LKNP, measured, atol=1e-5)
+    assert not torch.allclose(trained, measured, atol=1e-5)
+
+
+def test_a_run_with_a_running_mean_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"ema": 0.9, "num_steps": 4, "batch_negatives": 0.5, "teacher_share": 0.2}
+    assert tiny_trainer(tmp_path / "whole", **options).run()
+    assert not tiny_trainer(tmp_path / "parts", **options).run(stop_after_s=1e-9)
+    assert tiny_trainer(tmp_path / "parts", **options).run(resume=True)
+    found, wanted = (load_state(tmp_path / name) for name in ("parts", "whole"))
+    assert found is not None and wanted is not None and any(name.startswith("average.") for name in wanted.model)
+    assert all(torch.equal(value, wanted.model[name]) for name, value in found.model.items())
 
 
 def test_speed_is_measured_beside_the_stock_forward_pass(tmp_path: Path) -> None:
@@ -255,12 +344,15 @@ def test_an_error_while_reading_ahead_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3"])
 def test_a_step_never_waits_for_the_device(family: str, tmp_path: Path) -> None:
     """No number is read from a tensor, and no shape depends on one, between a batch's arrival and the next batch."""
-    trainer = tiny_trainer(tmp_path, tiny_backbone(family))
+    levers: dict[str, Any] = {"batch_negatives": 1.0, "teacher_share": 0.1, "ema": 0.9}
+    trainer = tiny_trainer(tmp_path, tiny_backbone(family), **levers)
     batch = tiny_batch(trainer.recipe, num_further=2)
+    batch.rival_NM = torch.ones(len(batch.sequence_N), batch.pages.text_lengths.numel(), dtype=torch.bool)
     with Waits() as waits:
         module = trainer.step_module
         module(batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        module.follow(3)
     assert not waits.found
 
 

@@ -26,7 +26,7 @@ from retrolm.training.data import (
     transcripts,
     turns,
 )
-from retrolm.training.data.fact_wordings import draw_line_wording, draw_wording
+from retrolm.training.data.fact_wordings import FORMS, Forms, draw_line_wording, draw_wording
 from retrolm.training.stage2 import asking
 
 TRAINING_MODULES = (
@@ -88,7 +88,12 @@ def evaluation_templates() -> set[str]:
 def training_templates() -> set[str]:
     """Return the strings among the constants of the sample builders, and wordings with their attribute filled in."""
     found = {text for module in TRAINING_MODULES for text in wordings(module)}
-    draws = (draw(random.Random(seed)) for seed in range(400) for draw in (draw_wording, draw_line_wording))
+    draws = (
+        draw(random.Random(seed), split)
+        for seed in range(400)
+        for draw in (draw_wording, draw_line_wording)
+        for split in FORMS
+    )
     return (found | {text for wording in draws for text in strings(wording)}) - FRAMES_OF_THE_PRODUCT
 
 
@@ -119,3 +124,20 @@ def test_the_search_sees_all_training_wordings() -> None:
 def test_a_copied_wording_would_be_found(wording: str) -> None:
     held_out = {run for text in evaluation_templates() for run in sequences(text)} | sequences(NEEDLE)
     assert sequences(wording) & held_out
+
+
+def test_the_dev_split_has_wordings_of_its_own() -> None:
+    """No statement, question, line or attribute of one split is one of the other's, nor four words of it in a row."""
+
+    def of(forms: Forms) -> set[str]:
+        return {text for text in strings(forms) if (" " in text and "{" in text) or "[" in text}
+
+    train, dev = (of(FORMS[split]) for split in ("train", "dev"))
+    assert len(dev) > 20 and not train & dev
+    assert not {attribute for attribute, *_ in FORMS["train"].attributes} & {a for a, *_ in FORMS["dev"].attributes}
+    told = {run for text in train for run in sequences(text)}
+    assert not [text for text in dev if sequences(text) & told]
+    for split in FORMS:
+        drawn = {text for seed in range(300) for text in draw_wording(random.Random(seed), split).questions}
+        others = {text for seed in range(300) for text in draw_wording(random.Random(seed)).questions}
+        assert bool(drawn & others) == (split == "train")

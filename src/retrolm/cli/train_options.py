@@ -14,8 +14,8 @@ from ..errors import UserError
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="Recipe (TOML) with the tables data and train.")]
 SettingsOption = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Replace a key of the table train, as key=value; may be repeated.",
-                 show_default=False),
+    typer.Option("--set", help="Replace a key of the table train, as key=value, or of data, as data.key=value; "
+                 "may be repeated.", show_default=False),
 ]  # fmt: skip
 
 

@@ -35,7 +35,8 @@ def row_text(row: dict[str, Any]) -> str:
     """One line for a row of the log."""
     if "dev_recall" in row:
         found = row["dev_recall"]
-        return f"step {row['step']}: dev recall@8 {_share(found['mean'])} (best layer {_share(found['best'])})"
+        kinds = ", ".join(f"{kind} {_share(mean)}" for kind, mean in found["kinds"].items())
+        return f"step {row['step']}: dev recall {_share(found['mean'])} (best layer {_share(found['best'])}; {kinds})"
     if "dev_loss" in row:
         return f"step {row['step']}: held-out loss {'-' if row['dev_loss'] is None else format(row['dev_loss'], '.4f')}"
     return f"step {row['step']}: {_figures(row)}"

@@ -160,10 +160,23 @@ def head_scores(states: BookmarkStates, layer: int, num_questions: int = 1) -> T
 
 def layer_scores(states: BookmarkStates, layers: Sequence[int], num_questions: int, by_head: bool) -> Tensor:
     """`page_scores` of several layers, by KV head or (K = 1) summed over them, float32 [L, K, B, Q, P]."""
+    q_LBQKD, k_LBPKD = _scored(states, layers, num_questions)
+    if not by_head:
+        return torch.einsum("lbqkd,lbpkd->lbqp", q_LBQKD, k_LBPKD)[:, None]
+    return torch.einsum("lbqkd,lbpkd->lkbqp", q_LBQKD, k_LBPKD)
+
+
+def batch_scores(states: BookmarkStates, layers: Sequence[int], num_questions: int, by_head: bool) -> Tensor:
+    """As `layer_scores`, of the pages of all texts C of the batch, float32 [L, K, B, Q, C, P]; C = B."""
+    q_LBQKD, k_LCPKD = _scored(states, layers, num_questions)
+    if not by_head:
+        return torch.einsum("lbqkd,lcpkd->lbqcp", q_LBQKD, k_LCPKD)[:, None]
+    return torch.einsum("lbqkd,lcpkd->lkbqcp", q_LBQKD, k_LCPKD)
+
+
+def _scored(states: BookmarkStates, layers: Sequence[int], num_questions: int) -> tuple[Tensor, Tensor]:
+    """What is multiplied to scores: queries summed over each KV head's group and scaled (D5), and keys."""
     queries = torch.stack([states.queries[layer][:, -num_questions:] for layer in layers]).float()
     k_LBPKD = torch.stack([states.keys[layer][:, :-num_questions] for layer in layers]).float()
     H, D = queries.shape[3:]
-    q_LBQKD = queries.unflatten(3, (k_LBPKD.shape[3], -1)).sum(4)
-    if not by_head:
-        return torch.einsum("lbqkd,lbpkd->lbqp", q_LBQKD, k_LBPKD)[:, None] * (H * D) ** -0.5
-    return torch.einsum("lbqkd,lbpkd->lkbqp", q_LBQKD, k_LBPKD) * (H * D) ** -0.5
+    return queries.unflatten(3, (k_LBPKD.shape[3], -1)).sum(4) * (H * D) ** -0.5, k_LBPKD

@@ -48,16 +48,31 @@ class Recipe:
 
 
 def read_recipe(path: Path, overrides: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The [train] table, with `overrides` in place of its keys, and the [data] table.
+    """The [train] and the [data] table.
+
+    Args:
+        overrides: values in place of keys of [train], or of [data] where the name begins with it
+            ("data.weights.facts").
 
     Raises:
-        UserError: unreadable file, missing table, no model.
+        UserError: unreadable file, missing table, no model, an override of a key within what is no table.
     """
     content = read_tables(path, "data", "train")
-    values = {**content["train"], **(overrides or {})}
-    if "model" not in values:
+    for name, value in (overrides or {}).items():
+        _override(content, name if name.startswith("data.") else f"train.{name}", value)
+    if "model" not in content["train"]:
         raise UserError(f"The [train] table of {path} names no model.")
-    return values, content["data"]
+    return content["train"], content["data"]
+
+
+def _override(content: dict[str, Any], name: str, value: Any) -> None:
+    *tables, key = name.split(".")
+    place: Any = content
+    for table in tables:
+        place = place.setdefault(table, {})
+        if not isinstance(place, dict):
+            raise UserError(f"{name!r} can't be set: {table} is no table of the recipe.")
+    place[key] = value
 
 
 def read_tables(path: Path, *tables: str) -> dict[str, Any]:

@@ -149,6 +149,9 @@ def _build(kind: type[Any], values: Mapping[str, Any]) -> Any:
     required = {name for name, entry in allowed.items() if _is_required(entry)}
     if missing := sorted(required - set(values)):
         raise UserError(f"The {kind.__name__} table lacks: {', '.join(missing)}.")
+    for name, value in values.items():
+        if isinstance(allowed[name].default, int | float) and not isinstance(value, int | float):
+            raise UserError(f"{name} must be a number, got {value!r}.")
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 

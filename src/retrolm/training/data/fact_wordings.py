@@ -1,7 +1,8 @@
 """Wordings of planted facts and of the questions for them, for training only.
 
 Evaluation plants its facts in wordings of its own; a test fails if a template here shares four words in a row with
-one of them. Places: {key}, {value}, {attribute}; several keys or values are listed with "and".
+one of them. The dev split has wordings of its own, too (`DEV`), so that held-out recall tells what other wordings will
+do. Places: {key}, {value}, {attribute}; several keys or values are listed with "and".
 """
 
 from __future__ import annotations
@@ -75,6 +76,17 @@ ATTRIBUTE_STATEMENTS = (
     "Entry: {key}, {attribute}: {value}.",
     "One {attribute} recorded under {key} reads {value}.",
     "A {attribute}, namely {value}, was issued to {key}.",
+    "Among the {attribute}s kept for {key} there is {value}.",
+    "One {attribute} of {key}: {value}.",
+    "{key} has a {attribute}: {value}.",
+    "The following {attribute} belongs to {key}: {value}.",
+    "Remember this {attribute} for {key}: {value}.",
+    "As for {key}, its {attribute} reads {value}.",
+    "(The {attribute} of {key}: {value}.)",
+    "Here is one more {attribute}, that of {key}: {value}.",
+    "{value}: that is a {attribute} of {key}.",
+    "Whoever asks after the {attribute} of {key} is told {value}.",
+    "NOTE. {attribute} ({key}) = {value}.",
 )
 ATTRIBUTE_QUESTIONS = (
     "What is the {attribute} of {key}?",
@@ -88,6 +100,12 @@ ATTRIBUTE_QUESTIONS = (
     "Under {key}, which {attribute} is recorded?",
     "Do you know the {attribute} that goes with {key}?",
     "Give the {attribute} that was noted for {key}.",
+    "List every {attribute} given for {key}.",
+    "Which {attribute}s does {key} have according to this?",
+    "Name all {attribute}s of {key} that were stated.",
+    "What does it say about the {attribute} of {key}?",
+    "Repeat the {attribute} of {key} exactly.",
+    "Please return every {attribute} filed for {key}.",
 )
 ATTRIBUTE_ANSWERS = (
     "",
@@ -95,6 +113,8 @@ ATTRIBUTE_ANSWERS = (
     " The {attribute} of {key} is",
     " {key}:",
     " According to the text, the {attribute} of {key} is",
+    " All {attribute}s stated for {key}:",
+    " Here is the {attribute} of {key}:",
 )
 ATTRIBUTE_REVERSE = (
     "Who or what has the {attribute} {value}?",
@@ -161,28 +181,6 @@ SPECIFIC: tuple[Wording, ...] = (
         ("word_pair", "invented", "word"),
     ),
     Wording(
-        ("The {key} expedition climbed {value}.", "It was {value} that the {key} expedition climbed."),
-        ("How far did the {key} expedition climb?", "What height did the {key} expedition reach?"),
-        ("",),
-        ("invented", "word_pair"),
-        ("measure",),
-    ),
-    Wording(
-        ("{key} keeps a {value} as a pet.", "The pet of {key} is a {value}."),
-        ("What pet does {key} keep?", "Which animal or thing does {key} keep as a pet?"),
-        ("",),
-        ("person",),
-        ("word",),
-    ),
-    Wording(
-        ("Parcel {key} was left with {value}.", "{value} took in parcel {key}."),
-        ("Who has parcel {key}?", "With whom was parcel {key} left?"),
-        ("",),
-        ("plate", "number", "uuid"),
-        ("person",),
-        ("Which parcel did {value} take in?",),
-    ),
-    Wording(
         ("Set variable {key} to {value}.", "{key} := {value}"),
         ("What value does the variable {key} hold?", "{key} = ?"),
         ("", " {key} ="),
@@ -198,9 +196,7 @@ LINES = (
     "{key} => {value}",
     "{key} = {value}",
     "{attribute} {key}: {value}",
-    "{attribute}[{key}] = {value}",
     "- {key} has {value}",
-    "{key}\t{value}",
 )
 FILLER_SENTENCES = (
     "The kettle was on the stove.",
@@ -236,32 +232,104 @@ FILLER_SENTENCES = (
 )
 
 
-def draw_wording(rng: random.Random) -> Wording:
-    """Draw one wording: an attribute with a statement form, or a specific one; one statement form per text."""
-    if rng.random() < 0.3:
-        return rng.choice(SPECIFIC)
-    attribute, key_kinds, value_kinds = rng.choice(ATTRIBUTES)
-    return Wording(
-        statements=tuple(_about(attribute, form) for form in ATTRIBUTE_STATEMENTS),
-        questions=tuple(_about(attribute, form) for form in ATTRIBUTE_QUESTIONS),
-        answers=tuple(_about(attribute, form) for form in ATTRIBUTE_ANSWERS),
-        key_kinds=key_kinds,
-        value_kinds=value_kinds,
-        reverse=tuple(_about(attribute, form) for form in ATTRIBUTE_REVERSE),
-    )
+@dataclass(frozen=True)
+class Forms:
+    """The wordings of one split: {attribute} is drawn with its kinds of keys and values, the rest by itself."""
+
+    attributes: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]
+    modifiers: tuple[str, ...]
+    statements: tuple[str, ...]
+    lines: tuple[str, ...]
+    questions: tuple[str, ...]
+    answers: tuple[str, ...]
+    reverse: tuple[str, ...]
+    specific: tuple[Wording, ...]
 
 
-def draw_line_wording(rng: random.Random) -> Wording:
-    """Draw a wording whose facts are lines of a list or table."""
-    attribute, key_kinds, value_kinds = rng.choice(ATTRIBUTES)
-    return Wording(
-        statements=(_about(attribute, rng.choice(LINES)),),
-        questions=tuple(_about(attribute, form) for form in ATTRIBUTE_QUESTIONS),
-        answers=tuple(_about(attribute, form) for form in ATTRIBUTE_ANSWERS),
-        key_kinds=key_kinds,
-        value_kinds=value_kinds,
-        reverse=tuple(_about(attribute, form) for form in ATTRIBUTE_REVERSE),
-    )
+TRAIN = Forms(
+    ATTRIBUTES,
+    ("", "", "", "secret ", "odd ", "official ", "hidden ", "very first ", "spare "),
+    ATTRIBUTE_STATEMENTS,
+    LINES,
+    ATTRIBUTE_QUESTIONS,
+    ATTRIBUTE_ANSWERS,
+    ATTRIBUTE_REVERSE,
+    SPECIFIC,
+)
+DEV = Forms(
+    attributes=(
+        ("registry mark", ANY_KEYS, ("number", "hex", "uuid", "plate")),
+        ("call sign", ANY_KEYS, ("word_pair", "word", "invented", "plate")),
+        ("quota", ANY_KEYS, ("number", "measure")),
+        ("patron", ANY_KEYS, ("person",)),
+    ),
+    modifiers=("", "long lost ", "rare "),
+    statements=(
+        "There is a {attribute} on file for {key}, and it is {value}.",
+        "Somewhere it was jotted down: {key} uses {value} for a {attribute}.",
+        "The clerk assigned {value} to {key} as a new {attribute}.",
+        "{key} -- {attribute} -- {value}.",
+        "Of all {attribute}s, {value} is what {key} got.",
+    ),
+    lines=("{key}\t{value}", "{attribute}[{key}] = {value}"),
+    questions=(
+        "Can you recall which {attribute} {key} uses?",
+        "State the {attribute} that {key} was assigned.",
+        "Find every {attribute} connected with {key}.",
+        "How does the {attribute} of {key} read?",
+        "What were all {attribute}s connected with {key}?",
+    ),
+    answers=("", " Every {attribute} connected with {key}:", " It reads"),
+    reverse=("Which name goes with the {attribute} {value}?",),
+    specific=(
+        Wording(
+            ("The {key} expedition climbed {value}.", "It was {value} that the {key} expedition climbed."),
+            ("How far did the {key} expedition climb?", "What height did the {key} expedition reach?"),
+            ("",),
+            ("invented", "word_pair"),
+            ("measure",),
+        ),
+        Wording(
+            ("{key} keeps a {value} as a pet.", "The pet of {key} is a {value}."),
+            ("What pet does {key} keep?", "Which animal or thing does {key} keep as a pet?"),
+            ("",),
+            ("person",),
+            ("word",),
+        ),
+        Wording(
+            ("Parcel {key} was left with {value}.", "{value} took in parcel {key}."),
+            ("Who has parcel {key}?", "With whom was parcel {key} left?"),
+            ("",),
+            ("plate", "number", "uuid"),
+            ("person",),
+            ("Which parcel did {value} take in?",),
+        ),
+    ),
+)
+FORMS = {"train": TRAIN, "dev": DEV}
+_SPECIFIC_SHARE = 0.3
+
+
+def draw_wording(rng: random.Random, split: str = "train") -> Wording:
+    """Draw one wording of a split: an attribute with all statement forms, or a specific one."""
+    forms = FORMS[split]
+    if rng.random() < _SPECIFIC_SHARE:
+        return rng.choice(forms.specific)
+    return _attribute_wording(rng, forms, forms.statements)
+
+
+def draw_line_wording(rng: random.Random, split: str = "train") -> Wording:
+    """Draw a wording of a split whose facts are lines of a list or table."""
+    forms = FORMS[split]
+    return _attribute_wording(rng, forms, (rng.choice(forms.lines),))
+
+
+def _attribute_wording(rng: random.Random, forms: Forms, statements: tuple[str, ...]) -> Wording:
+    attribute, key_kinds, value_kinds = rng.choice(forms.attributes)
+    attribute = rng.choice(forms.modifiers) + attribute
+    about = [tuple(_about(attribute, form) for form in group) for group in (statements, forms.questions, forms.answers)]
+    reverse = tuple(_about(attribute, form) for form in forms.reverse)
+    return Wording(about[0], about[1], about[2], key_kinds, value_kinds, reverse)
 
 
 def _about(attribute: str, form: str) -> str:

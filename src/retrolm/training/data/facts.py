@@ -54,7 +54,8 @@ def facts_sample(context: BuildContext, source: str, num_tokens: int, rng: rando
         pieces, quiz = _list_of_facts(context, frame, num_tokens, rng)
     else:
         most = context.config.further_questions
-        quiz = draw_quiz(rng, draw_wording(rng), _num_keys(rng, context.config.max_keys), most)
+        wording = draw_wording(rng, context.split)
+        quiz = draw_quiz(rng, wording, _num_keys(rng, context.config.max_keys), most, context.split)
         pieces = hide(context, frame, quiz.statements, quiz.is_evidence, haystack, num_tokens, rng, quiz.answers)
     return context.finish(frame, pieces, quiz.question, source, num_tokens, rng, quiz.answer_prefix, quiz.further)
 
@@ -64,13 +65,16 @@ def _num_keys(rng: random.Random, most: int) -> int:
     return min(most, rng.choice((1, 1, rng.randint(2, 4), rng.randint(4, 8), rng.randint(8, 16))))
 
 
-def draw_quiz(rng: random.Random, wording: Wording, num_keys: int, most_further: int = 0) -> Quiz:
-    """Draw facts of one wording, a question for some of them and at most `most_further` for others."""
+def draw_quiz(rng: random.Random, wording: Wording, num_keys: int, most_further: int = 0, split: str = "train") -> Quiz:
+    """Draw facts of one wording, a question for some of them and at most `most_further` for others.
+
+    Now and then facts in other wordings of the split stand beside them.
+    """
     values_per_key = rng.randint(2, 4) if rng.random() < _SEVERAL_VALUES_SHARE else 1
     kinds = rng.choice(wording.key_kinds), rng.choice(wording.value_kinds)
     facts = random_facts(rng, num_keys, *kinds, values_per_key)
     quiz = quiz_on(rng, some_forms(rng, wording), facts, most_further)
-    return with_decoys(rng, quiz, wording) if rng.random() < _DECOY_SHARE else quiz
+    return with_decoys(rng, quiz, wording, split) if rng.random() < _DECOY_SHARE else quiz
 
 
 def some_forms(rng: random.Random, wording: Wording) -> Wording:
@@ -101,10 +105,10 @@ def _state(form: str, key: str, value: str) -> str:
     return form.replace("{key}", key).replace("{value}", value)
 
 
-def with_decoys(rng: random.Random, quiz: Quiz, wording: Wording) -> Quiz:
+def with_decoys(rng: random.Random, quiz: Quiz, wording: Wording, split: str = "train") -> Quiz:
     """Add one to three facts of other kinds on the asked keys, so that the key alone doesn't find the answer."""
     statements, is_evidence, answers = list(quiz.statements), list(quiz.is_evidence), list(quiz.answers)
-    drawn = [draw_wording(rng) for _ in range(rng.randint(1, 3))]
+    drawn = [draw_wording(rng, split) for _ in range(rng.randint(1, 3))]
     for other in (other for other in drawn if other.questions != wording.questions):
         value = GENERATORS[rng.choice(other.value_kinds)](rng)
         place = rng.randint(0, len(statements))
@@ -180,7 +184,8 @@ def _list_of_facts(
     context: BuildContext, frame: Frame, num_tokens: int, rng: random.Random
 ) -> tuple[list[Piece], Quiz]:
     """Fill a text with nothing but facts of one wording, as many as fit."""
-    wording = draw_line_wording(rng) if rng.random() < 0.5 else some_forms(rng, draw_wording(rng))
+    split = context.split
+    wording = draw_line_wording(rng, split) if rng.random() < 0.5 else some_forms(rng, draw_wording(rng, split))
     kinds = _plentiful(rng, wording.key_kinds), _plentiful(rng, wording.value_kinds)
     gap = rng.choice(("\n", "\n", "\n", "\n\n", " "))
     room = context.room(frame, (), num_tokens)

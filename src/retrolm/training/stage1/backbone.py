@@ -26,14 +26,16 @@ def load_backbone(recipe: Stage1Recipe) -> RetroLM:
     )
     check_window(recipe, lm)
     lm.detach()
-    config = lm.config.replace(kv_budget=max(recipe.data.max_tokens, smallest))
+    config = lm.config.replace(kv_budget=max(recipe.data.max_tokens, train.dev_max_tokens, smallest))
     return RetroLM(lm.model, lm.tokenizer, config=config)
 
 
 def check_window(recipe: Stage1Recipe, lm: RetroLM) -> None:
     """Raise `UserError` if the recipe's texts exceed the backbone's window."""
-    if recipe.data.max_tokens > lm.backbone.window:
-        raise UserError(
-            f"max_tokens={recipe.data.max_tokens} exceeds the model's window of {lm.backbone.window} positions, in "
-            f"which training reads whole texts. Set max_tokens to {lm.backbone.window} at most."
-        )
+    lengths = {"max_tokens": recipe.data.max_tokens, "dev_max_tokens": recipe.train.dev_max_tokens}
+    for name, length in lengths.items():
+        if length > lm.backbone.window:
+            raise UserError(
+                f"{name}={length} exceeds the model's window of {lm.backbone.window} positions, in which training "
+                f"reads whole texts. Set {name} to {lm.backbone.window} at most."
+            )

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from ...engine.page_batch import PageBatch, page_batch
 from ..data.sample import Stage1Sample, page_labels
+from .rivals import rival_pages
 
 
 @dataclass
 class Stage1Batch:
     """Sequences with labels over their text pages.
 
-    Shape letters: N questions, all sequences' together, P text pages.
+    Shape letters: N questions, all sequences' together, B sequences, P text pages.
 
     Attributes:
         pages: tokens and page places.
@@ -24,6 +25,7 @@ class Stage1Batch:
         sequence_N: the sequence of each question; query_N: which of its query pages; share_N: its weight in the loss,
             such that every sequence weighs the same.
         sources: the mixture part of each sample.
+        rival_NM: bool over the text pages of all sequences, [N, B * P]: negatives in other texts; None = none count.
     """
 
     pages: PageBatch
@@ -33,6 +35,7 @@ class Stage1Batch:
     query_N: Tensor
     share_N: Tensor
     sources: tuple[str, ...]
+    rival_NM: Tensor | None = None
 
     def to(self, device: torch.device) -> Stage1Batch:
         parts = {name: value.to(device, non_blocking=True) for name, value in self._tensors().items()}
@@ -48,11 +51,16 @@ class Stage1Batch:
 
 
 class Collate:
-    """Builds a `Stage1Batch` from samples (a picklable collate function for a DataLoader)."""
+    """Builds a `Stage1Batch` from samples (a picklable collate function for a DataLoader).
 
-    def __init__(self, page_size: int, pad_id: int) -> None:
+    Args:
+        with_rivals: also find which pages of other texts are negatives.
+    """
+
+    def __init__(self, page_size: int, pad_id: int, with_rivals: bool = False) -> None:
         self._page_size = page_size
         self._pad_id = pad_id
+        self._with_rivals = with_rivals
 
     def __call__(self, samples: Sequence[Stage1Sample]) -> Stage1Batch:
         prefix = samples[0].prefix_ids.tolist()
@@ -74,7 +82,9 @@ class Collate:
             negative[index, gold] = False
             negative[index, masked] = False
         share = torch.tensor([1 / (len(samples) * len(samples[row].questions)) for row, _ in asked])
-        return Stage1Batch(pages, positive, negative, sequence, query, share, tuple(s.source for s in samples))
+        rivals = rival_pages(samples, self._page_size, negative.shape[1]) if self._with_rivals else None
+        sources = tuple(sample.source for sample in samples)
+        return Stage1Batch(pages, positive, negative, sequence, query, share, sources, rivals)
 
 
 def micro_batches(lengths: Iterator[int], tokens_per_batch: int) -> Iterator[list[int]]:

@@ -13,7 +13,16 @@ from ..recipe import Recipe, build_table, check_ranges, check_types, read_recipe
 
 # Options that no trained number depends on; a resumed run may change them. Which backbone and which data a run
 # is bound to is told by fingerprints, so the backbone may move to another folder.
-FREE_OPTIONS = ("model", "log_every", "save_every", "dev_every", "dev_samples", "num_workers")
+FREE_OPTIONS = (
+    "model",
+    "log_every",
+    "save_every",
+    "dev_every",
+    "dev_samples",
+    "dev_min_tokens",
+    "dev_max_tokens",
+    "num_workers",
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,11 @@ class Stage1TrainConfig:
         init_from: folder of a retriever of the same backbone and rank to start from; "" = untrained.
         loss: "info_nce" = the paper's contrastive loss (eq 7); "attention_kl" = divergence from the question's true
             attention over the pages (needs no labels); "mixed" = both, the second with weight `kl_share`.
+        batch_negatives: pages of the other texts of a forward pass count among a question's negatives, each as so many
+            pages of its own text; 0 = they don't. Pages that share words with the evidence are left out.
+        teacher_share: share of the loss that is each layer's divergence from what all layers together make of the
+            pages, so that low layers learn from high ones; 0 = none.
+        ema: decay of a running mean of the weights, which is then measured and kept in their place; 0 = none.
         num_steps: optimiser steps. tokens_per_batch: text tokens of one forward pass at most.
         accumulate: forward passes per optimiser step, over all processes.
         lr: peak learning rate of the deltas; embedding_lr of the bookmark embedding, temperature_lr of the scales.
@@ -44,7 +58,8 @@ class Stage1TrainConfig:
         recall_pages: pages of which recall asks whether one holds the evidence.
         seed: initial deltas.
         log_every, save_every, dev_every: steps between log lines, checkpoints and dev recall (0 = never).
-        dev_samples: held-out samples per dev round. num_workers: processes that build samples.
+        dev_samples: held-out samples per dev round. dev_min_tokens, dev_max_tokens: their lengths; 0 = the recipe's.
+        num_workers: processes that build samples.
     """
 
     model: str
@@ -54,6 +69,9 @@ class Stage1TrainConfig:
     init_from: str = ""
     loss: Literal["info_nce", "attention_kl", "mixed"] = "info_nce"
     kl_share: float = 0.5
+    batch_negatives: float = 0.0
+    teacher_share: float = 0.0
+    ema: float = 0.0
     num_steps: int = 1000
     tokens_per_batch: int = 65536
     accumulate: int = 1
@@ -78,6 +96,8 @@ class Stage1TrainConfig:
     save_every: int = 200
     dev_every: int = 0
     dev_samples: int = 64
+    dev_min_tokens: int = 0
+    dev_max_tokens: int = 0
     num_workers: int = 2
 
     def __post_init__(self) -> None:
@@ -100,11 +120,13 @@ class Stage1TrainConfig:
                 "num_local_pages",
                 "save_every",
                 "dev_every",
+                "dev_min_tokens",
+                "dev_max_tokens",
                 "num_workers",
                 "weight_decay",
             ),
             inside_unit=("lr", "embedding_lr", "temperature_lr", "beta2"),
-            shares=("kl_share", "warmup", "final_lr"),
+            shares=("kl_share", "batch_negatives", "teacher_share", "ema", "warmup", "final_lr"),
             positive=("max_grad_norm",),
         )
 

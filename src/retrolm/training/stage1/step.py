@@ -6,19 +6,20 @@ pages.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ...engine.bookmark_stream import bookmark_stream, layer_scores
+from ...engine.bookmark_stream import batch_scores, bookmark_stream, layer_scores
 from ...engine.dense_pass import DenseStates, dense_pass
 from ...engine.model import RetroLM
 from ...engine.page_attention import PageAttention
 from ...retriever import PageRetriever
 from .batches import Stage1Batch
 from .config import Stage1TrainConfig
-from .loss import attention_kl, info_nce
+from .loss import attention_kl, consensus, info_nce, rival_sum
 from .recall import free_pages, layer_hits
 
 
@@ -51,12 +52,25 @@ class FrozenPass:
     shares_LBP: Tensor | None
 
 
+@dataclass(frozen=True)
+class PageScores:
+    """Scores of every question in the layers with a loss; K = 1 where heads choose together.
+
+    Attributes:
+        own_LKNP: of its own text's pages. all_LKNM: of all texts' pages (M = B * P), where they count as negatives.
+    """
+
+    own_LKNP: Tensor
+    all_LKNM: Tensor | None = None
+
+
 class Stage1Step(nn.Module):
     """Holds what is trained; the backbone is kept out of its parameters, so that wrappers see only the retriever.
 
     Attributes:
         layers: those with a loss of their own.
         log_scales: log of each such layer's score scale, [layers]; trained if `learn_temperature`.
+        average: running mean of the retriever over the steps (`ema`), or None. In evaluation mode it is what scores.
     """
 
     def __init__(self, lm: RetroLM, retriever: PageRetriever, train: Stage1TrainConfig) -> None:
@@ -65,6 +79,7 @@ class Stage1Step(nn.Module):
         backbone = lm.backbone
         self.layers = [n for n in range(train.num_skip_layers, backbone.num_layers) if backbone.retrieves(n)]
         self.log_scales = nn.Parameter(torch.zeros(len(self.layers)), requires_grad=train.learn_temperature)
+        self.average = copy.deepcopy(retriever).requires_grad_(False) if train.ema else None
         self._train_config = train
         object.__setattr__(self, "_model", lm)
 
@@ -72,6 +87,21 @@ class Stage1Step(nn.Module):
     def _lm(self) -> RetroLM:
         found: RetroLM = self._model  # type: ignore[assignment]
         return found
+
+    @property
+    def kept(self) -> PageRetriever:
+        """What training is for: the running mean where there is one, with the trained retriever's card."""
+        if self.average is None:
+            return self.retriever
+        self.average.card = self.retriever.card
+        return self.average
+
+    @torch.no_grad()
+    def follow(self, step: int) -> None:
+        """Move the running mean after step number `step` (from 0); it moves fast at first and so forgets the start."""
+        if self.average is not None:
+            share = 1 - min(self._train_config.ema, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.retriever.parameters()), share)
 
     def forward(self, batch: Stage1Batch, frozen: FrozenPass | None = None) -> StepResult:
         """Result of a batch; `frozen` is the backbone's pass over it, if it was made already."""
@@ -87,22 +117,28 @@ class Stage1Step(nn.Module):
         shares = None if attention is None else torch.stack([attention.shares(layer) for layer in self.layers])
         return FrozenPass(states, shares)
 
-    def scores(self, batch: Stage1Batch, frozen: FrozenPass) -> Tensor:
-        """Page scores of every question in the layers with a loss, [L, K, N, P], K = 1 where heads choose together."""
-        lm, bookmark = self._lm, self.retriever.embedding
+    def scores(self, batch: Stage1Batch, frozen: FrozenPass) -> PageScores:
+        """Page scores of every question."""
+        lm, retriever = self._lm, self.retriever if self.training else self.kept
         states = bookmark_stream(
-            lm.backbone, lm.attachment, self.retriever, bookmark, batch.pages, frozen.states, lm.config
+            lm.backbone, lm.attachment, retriever, retriever.embedding, batch.pages, frozen.states, lm.config
         )
         by_head = self._train_config.select_by == "kv_head"
-        heads_LKBQP = layer_scores(states, self.layers, batch.pages.num_questions, by_head)
-        return heads_LKBQP[:, :, batch.sequence_N, batch.query_N]
+        parts = states, self.layers, batch.pages.num_questions, by_head
+        if batch.rival_NM is None:
+            return PageScores(layer_scores(*parts)[:, :, batch.sequence_N, batch.query_N])
+        all_LKNBP = batch_scores(*parts)[:, :, batch.sequence_N, batch.query_N]
+        own = (
+            batch.sequence_N[:, None, None].expand(-1, 1, all_LKNBP.shape[-1]).expand(*all_LKNBP.shape[:2], -1, -1, -1)
+        )
+        return PageScores(all_LKNBP.gather(3, own)[:, :, :, 0], all_LKNBP.flatten(3))
 
-    def judge(self, batch: Stage1Batch, scores_LKNP: Tensor, frozen: FrozenPass) -> StepResult:
+    def judge(self, batch: Stage1Batch, scores: PageScores, frozen: FrozenPass) -> StepResult:
         """Loss and figures of page scores."""
-        known = scores_LKNP.detach()
+        known = scores.own_LKNP.detach()
         there_NP = (batch.pages.text_lengths > 0)[batch.sequence_N]
         spreads_L = _spread(known, there_NP).mean((1, 2))
-        loss = self._loss(scores_LKNP, frozen.shares_LBP, batch)
+        loss = self._loss(scores, frozen.shares_LBP, batch)
         return StepResult(loss, spreads_L, self._hits(known, batch), batch.pages.num_tokens)
 
     def _hits(self, scores_LKNP: Tensor, batch: Stage1Batch) -> Tensor:
@@ -118,15 +154,29 @@ class Stage1Step(nn.Module):
         """Scale every layer so that its scores, now spread by `spreads_L`, have a standard deviation of 1."""
         self.log_scales.copy_(-spreads_L.clamp(min=1e-6).log())
 
-    def _loss(self, raw_LKNP: Tensor, shares_LBP: Tensor | None, batch: Stage1Batch) -> Tensor:
+    def _loss(self, raw: PageScores, shares_LBP: Tensor | None, batch: Stage1Batch) -> Tensor:
         """Mean over layers and, within each, over texts."""
-        scores = raw_LKNP * self.log_scales.exp()[:, None, None, None]
-        contrast = (info_nce(scores, batch.positive_NP, batch.negative_NP) * batch.share_N).sum(-1).mean()
-        if shares_LBP is None:
-            return contrast
-        share = self._train_config.kl_share
-        divergence = self._divergence(scores, shares_LBP, batch)
-        return divergence if self._train_config.loss == "attention_kl" else (1 - share) * contrast + share * divergence
+        train, scales = self._train_config, self.log_scales.exp()[:, None, None, None]
+        scores = raw.own_LKNP * scales
+        loss = self._contrast(scores, None if raw.all_LKNM is None else raw.all_LKNM * scales, batch)
+        if shares_LBP is not None:
+            divergence = self._divergence(scores, shares_LBP, batch)
+            loss = divergence if train.loss == "attention_kl" else torch.lerp(loss, divergence, train.kl_share)
+        return torch.lerp(loss, self._dissent(scores, batch), train.teacher_share) if train.teacher_share else loss
+
+    def _contrast(self, scores_LKNP: Tensor, all_LKNM: Tensor | None, batch: Stage1Batch) -> Tensor:
+        """The contrastive loss, with other texts' pages among the negatives where they count."""
+        rivals_LKN = None
+        if all_LKNM is not None and batch.rival_NM is not None:
+            rivals_LKN = rival_sum(all_LKNM, batch.rival_NM, self._train_config.batch_negatives)
+        each_LKN = info_nce(scores_LKNP, batch.positive_NP, batch.negative_NP, rivals_LKN)
+        return (each_LKN * batch.share_N).sum(-1).mean()
+
+    def _dissent(self, scores_LKNP: Tensor, batch: Stage1Batch) -> Tensor:
+        """How far each layer is from what all of them together make of the pages."""
+        there_NP = (batch.pages.text_lengths > 0)[batch.sequence_N]
+        each_LKN = attention_kl(scores_LKNP, consensus(scores_LKNP, there_NP), there_NP)
+        return (each_LKN * batch.share_N).sum(-1).mean()
 
     def _divergence(self, scores_LKNP: Tensor, shares_LBP: Tensor, batch: Stage1Batch) -> Tensor:
         """From true attention, which is known of each text's own question."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 import os
@@ -33,6 +32,7 @@ from .ahead import ReadAhead, ReadBatch
 from .backbone import check_window
 from .batches import Collate, Stage1Batch, micro_batches
 from .config import Stage1Recipe, Stage1TrainConfig
+from .held_out import dev_batches, dev_config, held_out_recall, hits_and_counts
 from .step import Stage1Step, StepResult
 
 RETRIEVER_FOLDER = "retriever"
@@ -91,23 +91,17 @@ class Stage1Trainer(TrainingLoop[ReadBatch]):
     def retriever(self) -> PageRetriever:
         return self.step_module.retriever
 
-    @torch.no_grad()
-    def dev_recall(self) -> dict[str, float | None]:
-        """Recall in 8 free pages on held-out questions, mean over layers and best layer; None if no sample counts."""
-        config, count = _dev_config(self.recipe.data), self.recipe.train.dev_samples
-        data = Stage1Dataset(self.pool, self.lm.tokenizer, config, count, "dev")
-        collate = self._collate()
-        everything = micro_batches(_lengths(config, count), self.recipe.train.tokens_per_batch)
-        hits = torch.zeros(len(self.step_module.layers), 2, device=self.lm.device)
-        for indices in self._own(everything):
-            result = self.step_module(collate([data[i] for i in indices]).to(self.lm.device))
-            hits += _hits_and_counts(result)
-        recall = self._recall(hits)
-        return {"mean": rounded(recall.mean()), "best": rounded(recall.max())}
+    def dev_recall(self) -> dict[str, Any]:
+        """Recall on the recipe's held-out questions, in `recall_pages` free pages; see `held_out_recall`."""
+        train = self.recipe.train
+        config = dev_config(self.recipe.data, train.dev_min_tokens, train.dev_max_tokens)
+        data = Stage1Dataset(self.pool, self.lm.tokenizer, config, train.dev_samples, "dev")
+        own = self._own(dev_batches(config, train.dev_samples, train.tokens_per_batch))
+        return held_out_recall(self.step_module, data, own, self._collate(), self.lm.device, self._total)
 
     def _save_artefact(self) -> None:
         self.retriever.card.details.update(step=self.step, tokens=self.tokens, train_s=round(self.seconds, 1))
-        self.retriever.save(self.retriever_folder)
+        self.step_module.kept.save(self.retriever_folder)
 
     def _recipe(self) -> dict[str, Any]:
         return self.recipe.as_dict()
@@ -146,6 +140,7 @@ class Stage1Trainer(TrainingLoop[ReadBatch]):
         norm = self.accelerator.clip_grad_norm_(self.step_module.parameters(), self.recipe.train.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.step_module.follow(self.step)
         return norm
 
     def save(self) -> None:
@@ -190,8 +185,8 @@ class Stage1Trainer(TrainingLoop[ReadBatch]):
 
     def _record_step(self, results: list[StepResult], norm: Tensor | None) -> None:
         loss = self.accelerator.reduce(torch.stack([result.loss for result in results]).mean(), "mean")
-        hits = torch.stack([_hits_and_counts(result) for result in results]).sum(0)
-        recall = self._recall(hits)
+        hits = self._total(torch.stack([hits_and_counts(result) for result in results]).sum(0))
+        recall = (hits[:, 0] / hits[:, 1]).cpu()
         self._record(
             {
                 "step": self.step,
@@ -211,10 +206,10 @@ class Stage1Trainer(TrainingLoop[ReadBatch]):
 
     # --- processes ----------------------------------------------------------------------------------------------
 
-    def _recall(self, hits_L2: Tensor) -> Tensor:
-        """Recall by layer from hits and counts, over all processes."""
-        hits_L2 = self.accelerator.reduce(hits_L2, "sum")
-        return (hits_L2[:, 0] / hits_L2[:, 1]).cpu()
+    def _total(self, counts: Tensor) -> Tensor:
+        """Counts summed over all processes."""
+        found: Tensor = self.accelerator.reduce(counts, "sum")
+        return found
 
     def _own(self, everything: Iterator[list[int]], first: int = 0) -> Iterator[list[int]]:
         """This process's batches of sample indices from number `first` on; batch b belongs to process b mod n."""
@@ -243,7 +238,8 @@ class Stage1Trainer(TrainingLoop[ReadBatch]):
         ]
 
     def _collate(self) -> Collate:
-        return Collate(self.recipe.train.page_size, self.lm.pad_id)
+        train = self.recipe.train
+        return Collate(train.page_size, self.lm.pad_id, with_rivals=train.batch_negatives > 0)
 
     def batches(self) -> ReadAhead:
         """This process's batches from the present step on, each read by the backbone."""
@@ -294,15 +290,5 @@ def first_retriever(lm: RetroLM, train: Stage1TrainConfig) -> PageRetriever:
     return retriever
 
 
-def _dev_config(config: Stage1DataConfig) -> Stage1DataConfig:
-    """The training mixture at all lengths from the first sample on, whatever the curriculum."""
-    return dataclasses.replace(config, length_curriculum=0, length_group=min(config.length_group, 4))
-
-
 def _lengths(config: Stage1DataConfig, num_samples: int) -> Iterator[int]:
     return (text_length(config, index) for index in range(num_samples))
-
-
-def _hits_and_counts(result: StepResult) -> Tensor:
-    """Hits and samples that count, by layer: [L, 2]."""
-    return torch.stack([result.hits_LN.nansum(1), (~result.hits_LN.isnan()).sum(1)], 1)
