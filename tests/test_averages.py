@@ -69,7 +69,7 @@ def test_percent_and_buckets() -> None:
 
 
 def test_tasks_and_groups_are_found_by_name() -> None:
-    assert len(list_tasks()) == 13 + 16 + 13 + 1 + 7 + 7 + 1
+    assert len(list_tasks()) == 13 + 16 + 13 + 1 + 7 + 7 + 1 + 1
     assert len(GROUPS["ruler-needles"]) == 8
     assert expand_tasks(["ruler/vt", "ruler-needles", "ruler/vt"]) == ["ruler/vt", *GROUPS["ruler-needles"]]
     assert all(get_task(name).name == name for name in list_tasks())

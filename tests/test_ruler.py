@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retrolm.errors import UserError
+from retrolm.evaluation.tasks import get_task
 from retrolm.evaluation.tasks.fit import largest_fitting
 from retrolm.evaluation.tasks.generator import split_template
 from retrolm.evaluation.tasks.prompt import TokenCounter, render
@@ -119,6 +120,17 @@ def test_needle_prompts_match_an_independent_generator(task: str, data_dir: Path
         assert len(needle.findall(our_body[0])) == len(needle.findall(body[0]))
     else:
         assert set(our_body) == set(body)
+
+
+def test_one_of_eight_needles_is_asked_for(data_dir: Path) -> None:
+    task = get_task("needles/one_of_eight")
+    (sample,) = task.samples(tiny_tokenizer(), 2000, 1, data_dir=data_dir)
+    needles = re.findall(r"One of the special magic numbers for (\S+) is: (\d{7})\.", sample.context)
+    assert len(needles) == len(dict(needles)) == 8
+    assert [value for key, value in needles if f" {key} " in sample.question] == sample.answers
+    assert task.score(sample.answers[0], sample) == 1.0
+    with pytest.raises(UserError, match="ask for one in tokens"):
+        task.samples(tiny_tokenizer(), None, 1, data_dir=data_dir)
 
 
 def _shape(text: str) -> str:

@@ -13,14 +13,16 @@ from .longbench import longbench_tasks
 from .longbench_v2 import longbench_v2_tasks
 from .longdoc import longdoc_tasks
 from .longgen import longgen_tasks
+from .many_keys import many_keys_tasks
 from .ruler import ruler_tasks
 from .task import Task
 
 
 @cache
 def _tasks() -> dict[str, Task]:
-    families = (ruler_tasks(), longbench_tasks(), longbench_v2_tasks(), infinitebench_tasks())
-    return {task.name: task for family in (*families, longdoc_tasks(), longgen_tasks()) for task in family}
+    official = (ruler_tasks(), longbench_tasks(), longbench_v2_tasks(), infinitebench_tasks())
+    families = (*official, longdoc_tasks(), longgen_tasks(), many_keys_tasks())
+    return {task.name: task for family in families for task in family}
 
 
 def list_tasks() -> list[str]:
