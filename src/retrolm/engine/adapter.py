@@ -87,7 +87,7 @@ class LoraAdapter(nn.Module):
         handles = []
         for path, pair in zip(self.paths, self.pairs, strict=True):
             module = backbone.model.get_submodule(path)
-            handles.append(module.register_forward_hook(_hook(pair, self.alpha / self.rank)))  # type: ignore[arg-type]
+            handles.append(module.register_forward_hook(AdapterHook(pair, self.alpha / self.rank)))  # type: ignore[arg-type]
         return handles
 
     def place(self, backbone: Backbone, dtype: torch.dtype | None = None) -> LoraAdapter:
@@ -179,12 +179,22 @@ def check_backbone(card: AdapterCard, backbone: Backbone) -> None:
         )
 
 
-def _hook(pair: LoraPair, scale: float) -> Any:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        changed: Tensor = pair(args[0], out, scale, num_bookmark_rows())
+class AdapterHook:
+    """Adds a pair's change to what its module gives (a forward hook)."""
+
+    def __init__(self, pair: LoraPair, scale: float) -> None:
+        self.pair = pair
+        self._scale = scale
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        changed: Tensor = self.pair(args[0], out, self._scale, num_bookmark_rows())
         return changed
 
-    return hook
+
+def adapter_hooks(model: nn.Module) -> list[AdapterHook]:
+    """What attached adapters do to a model, module by module."""
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    return [hook for hook in hooks if isinstance(hook, AdapterHook)]
 
 
 def _shapes(backbone: Backbone, names: tuple[str, ...]) -> dict[str, tuple[int, int]]:

@@ -59,5 +59,6 @@ class PruneProgram(PromptProgram):
             timings=found.timings,
             device_bytes=found.kv_bytes,
             max_position=num_tokens + max(len(found.token_ids) - 2, 0),
+            decode_path=found.decode_path,
         )
         return prompt_answer(self.lm, outcome)

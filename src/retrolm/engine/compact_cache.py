@@ -63,10 +63,14 @@ class CompactCache:
         ends, tokens = (x.repeat_interleave(repeats) for x in rest)
         self.begin(ends, starts.repeat_interleave(repeats, 1), tokens)
 
-    def begin(self, ends_B: Tensor, starts_LB: Tensor, last_tokens_B: Tensor) -> None:
-        """Feed samples' last tokens next; `ends_B`: tokens of each, the last one included (int64 on the host)."""
+    def begin(self, ends_B: Tensor, starts_LB: Tensor, last_tokens_B: Tensor, index: int | None = None) -> None:
+        """Feed samples' last tokens next; `ends_B`: tokens of each, the last one included (int64 on the host).
+
+        Args:
+            index: the place of these tokens, where samples don't hold all tokens before them; None = their ends.
+        """
         self.starts_LB.copy_(starts_LB)
-        self.index.fill_(int(ends_B.max()) - 1)
+        self.index.fill_(int(ends_B.max()) - 1 if index is None else index)
         self.positions_B.copy_(ends_B - 1)
         self.tokens_B.copy_(last_tokens_B)
 

@@ -25,6 +25,8 @@ class DecodeRequest:
 
     Attributes:
         rows: sequences side by side. places: that the cache needs at least.
+        positions: that tokens may stand at; 0 = no more than places.
+        fill: returns the logits [rows, V] of the first token where reading the prompts gave them, else None.
         pad_id: what criteria and streamers see in a row that has ended, if there are tokens that end one.
         prompts: int64 [rows, T], as `generate` would be given them; needed by criteria and streamers only.
         criteria: asked about each token in order, as `generate` asks them.
@@ -34,9 +36,10 @@ class DecodeRequest:
 
     rows: int
     places: int
-    fill: Callable[[CompactCache], None]
+    fill: Callable[[CompactCache], Tensor | None]
     num_tokens: int
     choice: TokenChoice
+    positions: int = 0
     pad_id: int = 0
     prompts: Tensor | None = None
     criteria: list[Any] = field(default_factory=list)

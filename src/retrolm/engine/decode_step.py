@@ -78,13 +78,16 @@ class StockStep:
 class FusedStep:
     """The layers of a Llama-type model, computed on the weights that its modules hold; none is copied.
 
+    Args:
+        num_positions: that tokens may stand at.
+
     Raises:
         ValueError: a part of the model isn't what this step knows; `fused_obstacle` says so beforehand.
     """
 
     layers = "fused layers"
 
-    def __init__(self, backbone: Backbone, cache: CompactCache) -> None:
+    def __init__(self, backbone: Backbone, cache: CompactCache, num_positions: int) -> None:
         obstacle = fused_obstacle(backbone)
         if obstacle is not None:
             raise ValueError(obstacle)
@@ -94,8 +97,8 @@ class FusedStep:
         self._windows = [info.window for info in backbone.layers]
         self._scale = backbone.head_dim**-0.5
         # A captured graph keeps addresses, and the shared table moves when it grows: this step has its own.
-        backbone.require_positions(cache.places)
-        positions = torch.arange(cache.places, device=backbone.device)
+        backbone.require_positions(num_positions)
+        positions = torch.arange(num_positions, device=backbone.device)
         self._cos, self._sin = (x.clone() for x in backbone.rope(0).at(positions))
 
     def __call__(self) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .adapter import LoraAdapter, adapter_hooks
 from .attachment import Attachment
 from .backbone import Backbone
 from .compact_cache import CompactCache
@@ -73,7 +74,8 @@ class FastDecode:
             return "the RoPE type switches with the length"
         if len({info.device for info in backbone.layers} | {backbone.device}) > 1:
             return "the layers are on several devices"
-        return "hooks on the model's modules" if foreign_hook(backbone.model) else None
+        foreign = foreign_hook(backbone.model, (LoraAdapter.__module__,))
+        return "hooks on the model's modules" if foreign else None
 
     def pays(self) -> bool:
         """Whether this is the default: launching kernels is what decoding on CUDA spends its time on."""
@@ -113,11 +115,11 @@ class FastDecode:
                 if not self._prepared(runner):
                     del self._runners[request.rows]
                     return None
-            request.fill(runner.cache)
+            first_BV = request.fill(runner.cache)
             if request.streamer is not None:
                 request.streamer.put(request.prompts)
             with attachment.run(runner.program):
-                decoded = _loop(runner, request)
+                decoded = _loop(runner, request, first_BV)
         if request.streamer is not None:
             request.streamer.end()
         return decoded
@@ -125,12 +127,12 @@ class FastDecode:
     def _runner(self, request: DecodeRequest) -> Runner:
         """One that is kept, or a new one in place of those that are too small or least used."""
         runner = self._runners.pop(request.rows, None)
-        if runner is not None and runner.cache.places < request.places:
+        if runner is not None and not runner.has_room(request):
             runner = None  # its memory is free before another one is made
         if runner is None:
             while len(self._runners) >= _KEPT:
                 self._runners.popitem(last=False)
-            runner = Runner(self._backbone, request.rows, request.places)
+            runner = Runner(self._backbone, request.rows, request.places, request.positions)
         self._runners[request.rows] = runner
         return runner
 
@@ -148,7 +150,9 @@ class FastDecode:
     def _forget_other_weights(self) -> None:
         """A captured step goes on reading the weights it was captured with: others, elsewhere, need a new one."""
         model = self._backbone.model
-        found = (*map(id, model.modules()), *(x.data_ptr() for x in (*model.parameters(), *model.buffers())))
+        hooks = adapter_hooks(model)
+        weights = (*model.parameters(), *model.buffers(), *(x for hook in hooks for x in hook.pair.parameters()))
+        found = (*map(id, (*model.modules(), *hooks)), *(x.data_ptr() for x in weights))
         if found != self._captured:
             self.release()
         self._captured = found
@@ -190,16 +194,26 @@ class Runner:
         path: what runs, for reports.
     """
 
-    def __init__(self, backbone: Backbone, batch: int, places: int, fused: bool | None = None) -> None:
+    def __init__(
+        self, backbone: Backbone, batch: int, places: int, positions: int = 0, fused: bool | None = None
+    ) -> None:
         self.cache = CompactCache(backbone, batch, places)
         self.program = StaticProgram(backbone, self.cache)
-        fused = fused_obstacle(backbone) is None if fused is None else fused
-        self._step: Step = FusedStep(backbone, self.cache) if fused else StockStep(backbone, self.cache)
+        self._positions = max(places, positions)
+        if fused is None:
+            fused = fused_obstacle(backbone) is None and not adapter_hooks(backbone.model)
+        self._step: Step = (
+            FusedStep(backbone, self.cache, self._positions) if fused else StockStep(backbone, self.cache)
+        )
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
         self._on_cuda = backbone.device.type == "cuda"
         self._device = backbone.device
         self.path = f"{self._step.layers}, {'CUDA graph' if self._on_cuda else 'no graph'}"
+
+    def has_room(self, request: DecodeRequest) -> bool:
+        """Whether what is asked for fits."""
+        return self.cache.places >= request.places and self._positions >= request.positions
 
     def prepare(self) -> None:
         """Capture the step, once; changes what is in the cache. Needs `program` to be running."""
@@ -233,14 +247,15 @@ def steps_ahead(request: DecodeRequest, device: torch.device) -> int:
     return request.ahead if device.type == "cuda" else 0
 
 
-def _loop(runner: Runner, request: DecodeRequest) -> Decoded:
+def _loop(runner: Runner, request: DecodeRequest, first_BV: Tensor | None) -> Decoded:
     cache, device = runner.cache, runner.cache.tokens_B.device
     tape = Tape(request.num_tokens, cache.batch, device)
     reader = Reader(tape, request, device)
     ahead = steps_ahead(request, device)
     draws = Draws(device) if request.choice.sample and ahead else None
     for step in range(request.num_tokens):
-        tokens_B = request.choice(runner.step(), step)
+        logits_BV = runner.step() if step or first_BV is None else first_BV
+        tokens_B = request.choice(logits_BV, step)
         cache.tokens_B.copy_(tokens_B)
         tape.put(step, tokens_B)
         if draws is not None:

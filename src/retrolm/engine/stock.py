@@ -60,7 +60,7 @@ def stock_answers(
     if not can_join(lm) and len(prompts) > 1:
         return [stock_answers(lm, [ids], max_new_tokens=max_new_tokens, **options)[0] for ids in prompts]
     checked = GenerateOptions(lm.model, options, lm.eos_ids, lm.pad_id, lm.tokenizer)
-    _require_one_sequence(prompts, max_new_tokens, checked)
+    require_one_sequence("Dense attention", prompts, max_new_tokens, checked)
     started = time.perf_counter()
     found = _continued(lm, prompts, max_new_tokens, checked)
     return [
@@ -77,9 +77,12 @@ def stock_answers(
     ]
 
 
-def _require_one_sequence(prompts: Sequence[Sequence[int]], max_new_tokens: int, checked: GenerateOptions) -> None:
+def require_one_sequence(
+    what: str, prompts: Sequence[Sequence[int]], max_new_tokens: int, checked: GenerateOptions
+) -> None:
+    """Raise `UserError` where there is nothing to answer, or more than one answer is asked for."""
     if checked.num_return_sequences > 1:
-        raise UserError("Dense attention generates one sequence per prompt. Leave out num_return_sequences.")
+        raise UserError(f"{what} generates one sequence per prompt. Leave out num_return_sequences.")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
     if not all(prompts):

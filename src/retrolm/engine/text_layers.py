@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.lora import adapted_linears
-from . import adapter as adapters
-from .adapter import LoraAdapter
+from .adapter import LoraAdapter, adapter_hooks
 from .backbone import Backbone
 from .decode_step import foreign_hook, fused_obstacle
 from .layer_call import LayerCall
@@ -54,10 +53,9 @@ def text_rows(backbone: Backbone, program: SparseProgram, rows_TE: Tensor, marks
 
 def _only_hooks_of(backbone: Backbone, adapter: LoraAdapter | None) -> bool:
     """Whether nobody but RetroLM and this adapter acts on the modules."""
-    hooks = [hook for module in backbone.model.modules() for hook in module._forward_hooks.values()]
-    of_adapters = sum(getattr(hook, "__module__", "") == adapters.__name__ for hook in hooks)
     expected = 0 if adapter is None else len(adapter.paths)
-    return of_adapters == expected and not foreign_hook(backbone.model, (adapters.__name__,))
+    of_adapters = len(adapter_hooks(backbone.model))
+    return of_adapters == expected and not foreign_hook(backbone.model, (LoraAdapter.__module__,))
 
 
 def _checkpointed(backbone: Backbone) -> bool:
