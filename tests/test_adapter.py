@@ -13,6 +13,7 @@ from torch import Tensor
 
 from retrolm.config import RetroConfig
 from retrolm.engine.adapter import CONFIG_FILE, TARGETS, AdapterCard, LoraAdapter, load_adapter, new_adapter
+from retrolm.engine.answering import Prompt
 from retrolm.engine.model import RetroLM
 from retrolm.engine.sparse_pass import SparseProgram
 from retrolm.engine.text_loss import sparse_program, token_losses
@@ -179,3 +180,22 @@ def test_damaged_folders_are_refused(bits: int, tmp_path: Path) -> None:
         load_adapter(tmp_path, lm.backbone)
     with pytest.raises(UserError, match="bits=4"):
         random_adapter(lm).save(tmp_path, 4)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "phi3"])
+@pytest.mark.parametrize("method", ["full", "retrolm", "tova"])
+def test_the_engine_decodes_with_it(name: str, method: str) -> None:
+    """One that comes when a step without it is ready already; and its weights may move."""
+    lm = RetroLM(tiny_model(name), config=RetroConfig(kv_budget=5 * W, page_size=W), method=method)
+    ids = random_ids(60, 0).tolist()
+
+    def generated(decoding: str) -> tuple[int, ...]:
+        options = {"max_new_tokens": 6, "do_sample": False, "decoding": decoding, "eos_token_id": []}
+        return lm.answer([Prompt((), tuple(ids[:50]), tuple(ids[50:]))], **options)[0].token_ids
+
+    bare, adapter = generated("fast"), random_adapter(lm)
+    lm.use_adapter(adapter)
+    for _ in range(2):
+        assert generated("fast") == generated("plain") != bare
+        for value in adapter.parameters():
+            value.data = value.data * -2

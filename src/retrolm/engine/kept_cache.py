@@ -55,6 +55,11 @@ class KeptCache(Cache):
         self._kept()[layer].keep(k_BKTD, v_BKTD)
 
     @property
+    def kept(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values [B, K, T, D] that each layer holds."""
+        return [(cast(Tensor, layer.keys), cast(Tensor, layer.values)) for layer in self._kept()]
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all keys and values held."""
         held = (x for layer in self._kept() for x in (layer.keys, layer.values))

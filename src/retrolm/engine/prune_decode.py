@@ -71,10 +71,10 @@ def fill_kept(cache: CompactCache, read: Sequence[PrunedPrompt], room: int) -> T
     """Write what is kept of each prompt in front of place `room`; returns the first tokens' logits [B, V]."""
     starts_LB = room - torch.tensor([prompt.kept for prompt in read]).T
     for row, prompt in enumerate(read):
-        for layer, held in enumerate(prompt.cache.layers):
+        for layer, (k_1KTD, v_1KTD) in enumerate(prompt.cache.kept):
             places = slice(int(starts_LB[layer, row]), room)
-            cache.keys[layer][row, :, places] = held.keys[0]
-            cache.values[layer][row, :, places] = held.values[0]
+            cache.keys[layer][row, :, places] = k_1KTD[0]
+            cache.values[layer][row, :, places] = v_1KTD[0]
     ends_B = torch.tensor([prompt.num_tokens + 1 for prompt in read])
     cache.begin(ends_B, starts_LB, torch.zeros(len(read), dtype=torch.int64), index=room)
     return torch.stack([prompt.logits_V for prompt in read])
