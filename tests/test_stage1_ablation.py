@@ -91,6 +91,26 @@ def test_a_list_broken_off_goes_on_to_the_same_rows(
     assert found == wanted
 
 
+def test_several_processes_share_a_list(whole: Path, tmp_path: Path) -> None:
+    """Parts one after the other, in any order, leave the rows and the table of one process."""
+    ablation = tiny_list()
+    assert [row["name"] for row in run(tmp_path, ablation, only=CHANGES[1::2])] == ["no step", "shorter"]
+    assert "| shorter |" in (tmp_path / "ablation.md").read_text(encoding="utf-8")
+    shown: list[str] = []
+    rows = run(tmp_path, ablation, only=CHANGES[:3:2], on_row=lambda row: shown.append(row["name"]))
+    assert [row["name"] for row in rows] == [change.name for change in CHANGES] and shown == ["as it is", "rank 2"]
+    wanted, found = ({row["name"]: row for row in lines(folder)} for folder in (whole, tmp_path))
+    for row in (*wanted.values(), *found.values()):
+        row.pop("train_s")
+    assert found == wanted
+
+
+def test_a_change_of_weights_leaves_the_others() -> None:
+    change = Change("more facts", "mixture", {}, {"weights": {"facts": 7}})
+    before = tiny_recipe().data.weights
+    assert tiny_list(change).recipe_of(change).data.weights == {**before, "facts": 7} != before
+
+
 def test_time_can_be_the_limit(tmp_path: Path) -> None:
     (row,) = run(tmp_path, tiny_list(CHANGES[0]), seconds=1e-9)
     assert row["steps"] == 1
@@ -140,5 +160,7 @@ def test_lists_that_cannot_be_run_are_refused(tmp_path: Path, text: str, message
 def test_the_command_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     words = ["train", "ablate", COMMITTED / "stage1-smollm2-135m.toml", "--pool", tmp_path, "--out", tmp_path / "out"]
     run_cli(*words, "--only", "D99").refused_in_one_line("--only 'D99'", "D13")
+    for part in ("0/3", "4/3", "2", "a/b"):
+        run_cli(*words, "--part", part).refused_in_one_line("--part", "2/6")
     run_cli(*words, "--seconds", 0).refused_in_one_line("--seconds")
     run_cli(*words).refused_in_one_line("is no prepared pool")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,8 +27,16 @@ def ablate(
     only: Annotated[
         list[str], typer.Option("--only", help="Run only this choice or change; may be repeated.", show_default="all")
     ] = [],  # noqa: B006
-) -> None:
-    """Train the changes of a list one after the other and write one table of their recall on held-out questions."""
+    part: Annotated[
+        str | None,
+        typer.Option("--part", metavar="K/N", help="Run only every N-th change from the K-th on, beside other "
+                     "processes with the other parts.", show_default=False),
+    ] = None,
+) -> None:  # fmt: skip
+    """Train the changes of a list one after the other and write one table of their recall on held-out questions.
+
+    Several processes can share the work and the folder, each with a --part of its own; what has a row isn't run again.
+    """
     from ..engine.provenance import provenance
     from ..engine.quiet import silence_libraries
     from ..training.stage1.ablation import TABLE_FILE, load_ablation, run_ablation
@@ -37,10 +45,10 @@ def ablate(
         raise UserError(f"--seconds must be a positive number, got {seconds}.")
     given: dict[str, Any] = {"num_steps": steps, "model": model}
     ablation = load_ablation(config, {key: value for key, value in given.items() if value is not None})
-    ablation = dataclasses.replace(ablation, changes=tuple(_chosen(ablation.changes, only)))
+    chosen = _part(_chosen(ablation.changes, only), part)
     silence_libraries()
     facts = provenance(["retrolm", *sys.argv[1:]])
-    run_ablation(ablation, pool, out, facts, seconds=seconds, on_row=_show)
+    run_ablation(ablation, pool, out, facts, seconds=seconds, only=chosen, on_row=_show)
     print(out / TABLE_FILE)
 
 
@@ -50,6 +58,16 @@ def _chosen(changes: Any, only: list[str]) -> list[Any]:
         choices = ", ".join(dict.fromkeys(change.choice for change in changes))
         raise UserError(f"--only {only[0]!r} is no choice or name of the list. Choices: {choices}.")
     return found
+
+
+def _part(changes: list[Any], part: str | None) -> list[Any]:
+    if part is None:
+        return changes
+    found = re.fullmatch(r"(\d+)/(\d+)", part)
+    number, count = (int(text) for text in found.groups()) if found else (0, 0)
+    if not 1 <= number <= count:
+        raise UserError(f"--part must be K/N with K from 1 to N, such as 2/6, got {part!r}.")
+    return changes[number - 1 :: count]
 
 
 def _show(row: dict[str, Any]) -> None:

@@ -27,6 +27,11 @@ def speed(
         Path | None,
         typer.Option("--pool", help="Stage 1: folder written by `retrolm data stage1`.", show_default=False),
     ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option("--shape", help="Stage 1: a random backbone of this shape and random texts in place of model and "
+                     "pool: a name under configs/shapes, or a JSON file.", show_default=False),
+    ] = None,
     batches: Annotated[
         int | None, typer.Option("--batches", help="Stage 1: measured batches.", min=1, show_default=str(BATCHES))
     ] = None,
@@ -51,12 +56,13 @@ def speed(
     shown, and the exit code is 1.
     """
     first = _is_stage1(config)
-    others = {"--lengths": lengths, "--repeats": repeats} if first else {"--pool": pool, "--batches": batches}
+    of_stage1 = {"--pool": pool, "--shape": shape, "--batches": batches}
+    others = {"--lengths": lengths, "--repeats": repeats} if first else of_stage1
     _refuse_others(config, 1 if first else 2, others)
     check_writable(output)
     overrides = parse_overrides(settings or ())
     if first:
-        found = _stage1(config, overrides, pool, batches or BATCHES)
+        found = _stage1(config, overrides, pool, shape, batches or BATCHES)
     else:
         found = _stage2(config, overrides, lengths or LENGTHS, repeats or REPEATS)
     from ..engine.provenance import provenance
@@ -82,25 +88,39 @@ def _refuse_others(config: Path, stage: int, options: dict[str, Any]) -> None:
             raise UserError(f"{config} is a recipe of stage {stage}, which {name} has no meaning for. Leave it out.")
 
 
-def _stage1(config: Path, overrides: dict[str, Any], pool: Path | None, batches: int) -> dict[str, Any]:
+def _stage1(
+    config: Path, overrides: dict[str, Any], pool: Path | None, shape: str | None, batches: int
+) -> dict[str, Any]:
     from ..training.stage1.config import load_recipe
 
     recipe = load_recipe(config, overrides)
-    if pool is None:
-        raise UserError(f"{config} is a recipe of stage 1. Name the folder of its prepared texts with --pool.")
+    if (pool is None) == (shape is None):
+        raise UserError(f"{config} is a recipe of stage 1. Name its prepared texts with --pool, or a --shape.")
     with tempfile.TemporaryDirectory() as out:
-        with waiting(f"Loading {recipe.train.model} …"):
+        with waiting(f"Loading {shape or recipe.train.model} …"):
             from ..engine.quiet import silence_libraries
-            from ..training.stage1.backbone import load_backbone
             from ..training.stage1.speed import training_speed
-            from ..training.stage1.trainer import Stage1Trainer
 
             silence_libraries()
-            trainer = Stage1Trainer(recipe, load_backbone(recipe), pool, Path(out))
-        found = {"model": recipe.train.model, **training_speed(trainer, batches)}
+            trainer = _stage1_trainer(recipe, pool, shape, Path(out))
+        found = {"model": shape or recipe.train.model, **training_speed(trainer, batches)}
         trainer.close()
     show_cost(found)
     return found
+
+
+def _stage1_trainer(recipe: Any, pool: Path | None, shape: str | None, out: Path) -> Any:
+    if shape is None:
+        from ..training.stage1.backbone import load_backbone
+        from ..training.stage1.trainer import Stage1Trainer
+
+        return Stage1Trainer(recipe, load_backbone(recipe), pool, out)
+    import torch
+
+    from ..training.stage1.dry_run import DryTrainer
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return DryTrainer(recipe, shape, device, out)
 
 
 def _stage2(config: Path, overrides: dict[str, Any], lengths: str, repeats: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Ablations of stage 1: changes to one recipe, each trained alike and measured on the same held-out questions.
 
-Every result is on the disk before the next run begins; a list that was stopped goes on where it was.
+Every result is on the disk before the next run begins; a list that was stopped goes on where it was. Several processes
+may share a list, each with runs of its own.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from ...engine.model import RetroLM
 from ...errors import UserError, unknown
@@ -55,10 +58,12 @@ class AblationList:
     changes: tuple[Change, ...]
 
     def recipe_of(self, change: Change) -> Stage1Recipe:
-        """The recipe with a change made; raises `UserError` for what it refuses."""
+        """The recipe with a change made, of the weights only those it names; raises `UserError` for what it refuses."""
+        data = {**_fields(self.recipe.data), **_tuples(change.data)}
+        data["weights"] = {**self.recipe.data.weights, **change.data.get("weights", {})}
         return Stage1Recipe(
             build_table(Stage1TrainConfig, {**_fields(self.recipe.train), **change.train}, "training option"),
-            build_table(Stage1DataConfig, {**_fields(self.recipe.data), **_tuples(change.data)}, "data option"),
+            build_table(Stage1DataConfig, data, "data option"),
         )
 
 
@@ -100,28 +105,30 @@ def run_ablation(
     facts: Mapping[str, Any],
     *,
     seconds: float | None = None,
+    only: Collection[Change] | None = None,
     load: Callable[[Stage1Recipe], RetroLM] = load_backbone,
     on_row: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
-    """Train and measure each change that has no result yet; returns the rows of the list, in its order.
+    """Train and measure each change that has no result yet; returns all rows of the list there are, in its order.
 
     Args:
         facts: what every row states besides (commit, versions, hardware, command).
         seconds: stop training each after about so long, whatever steps are left; time before a kill counts.
-        load: makes the frozen backbone of a recipe. on_row: called with each row, old or new.
+        only: changes to run, None = all; the table has the others' rows as well, where another process made them.
+        load: makes the frozen backbone of a recipe. on_row: called with each row of what is run, old or new.
     """
     out.mkdir(parents=True, exist_ok=True)
-    found: list[Row] = []
-    for change in ablation.changes:
-        key = _key(ablation, change, pool, seconds)
-        row = next((row for row in _read(out) if row["key"] == key), None)
+    keys = [_key(ablation, change, pool, seconds) for change in ablation.changes]
+    for change, key in zip(ablation.changes, keys, strict=True):
+        if only is not None and change not in only:
+            continue
+        row = _rows_by_key(out).get(key)
         if row is None:
             row = {**_train(ablation, change, pool, out, seconds, load), "key": key, **facts}
-            _append(out, row)
-        found.append(row)
-        _write(out / TABLE_FILE, table_text(found))
+        _keep(out, row, keys)
         on_row(row)
-    return found
+    found = _rows_by_key(out)
+    return [found[key] for key in keys if key in found]
 
 
 def table_text(rows: Sequence[Row]) -> str:
@@ -186,9 +193,19 @@ def _read(out: Path) -> Iterator[Row]:
             yield json.loads(line)
 
 
-def _append(out: Path, row: Row) -> None:
-    rows = [*_read(out), row]
-    _write(out / RESULTS_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def _rows_by_key(out: Path) -> dict[str, Row]:
+    return {row["key"]: row for row in _read(out)}
+
+
+def _keep(out: Path, row: Row, keys: Sequence[str]) -> None:
+    """Write a row, if it is new, and the table of all rows there are; one process at a time."""
+    with FileLock(out / ".lock"):
+        found = _rows_by_key(out)
+        if row["key"] not in found:
+            found[row["key"]] = row
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in found.values()]
+            _write(out / RESULTS_FILE, "".join(lines))
+        _write(out / TABLE_FILE, table_text([found[key] for key in keys if key in found]))
 
 
 def _write(path: Path, text: str) -> None:

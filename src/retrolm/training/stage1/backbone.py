@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from accelerate import PartialState
+from torch import nn
 
 from ...config import MIN_BUDGET_PAGES
 from ...engine.model import RetroLM
@@ -27,7 +30,14 @@ def load_backbone(recipe: Stage1Recipe) -> RetroLM:
     check_window(recipe, lm)
     lm.detach()
     config = lm.config.replace(kv_budget=max(recipe.data.max_tokens, train.dev_max_tokens, smallest))
-    return RetroLM(lm.model, lm.tokenizer, config=config)
+    return RetroLM(without_head(lm.model), lm.tokenizer, config=config)
+
+
+def without_head(model: Any) -> Any:
+    """The model without its output matrix, a gigabyte at 8B that training never uses, unless it is the embedding."""
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        model.set_output_embeddings(nn.Identity())
+    return model
 
 
 def check_window(recipe: Stage1Recipe, lm: RetroLM) -> None:

@@ -44,7 +44,8 @@ class Stage1Trainer(TrainingLoop[ReadBatch]):
 
     Args:
         recipe: data and training settings. lm: the backbone, frozen, with any config.
-        pool: folder of the prepared pool. out: folder for checkpoint, log and the finished retriever.
+        pool: folder of the prepared pool; None where `loaded` gives batches of its own.
+        out: folder for checkpoint, log and the finished retriever.
         log: called on the main process with a dict every `log_every` steps (also written to `log.jsonl`); may be set
             later as `on_row`.
         trackers: names of accelerate's trackers ("tensorboard", "wandb", …), or trackers.
@@ -58,7 +59,7 @@ class Stage1Trainer(TrainingLoop[ReadBatch]):
         self,
         recipe: Stage1Recipe,
         lm: RetroLM,
-        pool: Path,
+        pool: Path | None,
         out: Path,
         log: Log | None = None,
         trackers: Sequence[Any] = (),
@@ -84,6 +85,11 @@ class Stage1Trainer(TrainingLoop[ReadBatch]):
                 self._reading.stop()
 
     @property
+    def _pool(self) -> Path:
+        assert self.pool is not None
+        return self.pool
+
+    @property
     def retriever_folder(self) -> Path:
         return self.out / RETRIEVER_FOLDER
 
@@ -95,7 +101,7 @@ class Stage1Trainer(TrainingLoop[ReadBatch]):
         """Recall on the recipe's held-out questions, in `recall_pages` free pages; see `held_out_recall`."""
         train = self.recipe.train
         config = dev_config(self.recipe.data, train.dev_min_tokens, train.dev_max_tokens)
-        data = Stage1Dataset(self.pool, self.lm.tokenizer, config, train.dev_samples, "dev")
+        data = Stage1Dataset(self._pool, self.lm.tokenizer, config, train.dev_samples, "dev")
         own = self._own(dev_batches(config, train.dev_samples, train.tokens_per_batch))
         return held_out_recall(self.step_module, data, own, self._collate(), self.lm.device, self._total)
 
@@ -218,7 +224,7 @@ class Stage1Trainer(TrainingLoop[ReadBatch]):
     # --- parts --------------------------------------------------------------------------------------------------
 
     def _first_retriever(self) -> PageRetriever:
-        train, manifest = self.recipe.train, read_manifest(self.pool)
+        train, manifest = self.recipe.train, {} if self.pool is None else read_manifest(self.pool)
         torch.manual_seed(train.seed)
         retriever = first_retriever(self.lm, train)
         recipe = self.recipe.as_dict()
@@ -253,7 +259,7 @@ class Stage1Trainer(TrainingLoop[ReadBatch]):
     def loaded(self) -> Iterator[Stage1Batch]:
         """This process's batches from the present step on, on the host."""
         train = self.recipe.train
-        data = Stage1Dataset(self.pool, self.lm.tokenizer, self.recipe.data, _ENDLESS)
+        data = Stage1Dataset(self._pool, self.lm.tokenizer, self.recipe.data, _ENDLESS)
         everything = micro_batches(_lengths(self.recipe.data, _ENDLESS), train.tokens_per_batch)
         loader = DataLoader(
             data,
@@ -266,7 +272,7 @@ class Stage1Trainer(TrainingLoop[ReadBatch]):
         return iter(loader)
 
     def _identity(self) -> dict[str, Any]:
-        manifest = (self.pool / "manifest.json").read_bytes()
+        manifest = (self._pool / "manifest.json").read_bytes()
         return {
             **self.recipe.decisive(),
             "pool": hashlib.sha256(manifest).hexdigest(),
