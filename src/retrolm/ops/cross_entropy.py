@@ -72,10 +72,11 @@ def _chunk(
 ) -> tuple[Tensor, Tensor | None]:
     """Losses of some tokens and the gradient of their sum in the logits, in the dtype of `hidden`."""
     logits = hidden @ weight.T
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = torch.promote_types(logits.dtype, torch.float32)
     if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
-    log_shares = logits.log_softmax(1)
+        logits = softcap * torch.tanh(logits.to(wide) / softcap)
+    # Widened while it is read: a GPU writes no copy of the logits, the largest tensor of a step, for that.
+    log_shares = logits.log_softmax(1, dtype=wide)
     losses_T1 = -log_shares.gather(1, labels[:, None])
     if not with_grad:
         return losses_T1[:, 0], None
