@@ -18,7 +18,7 @@ from retrolm.planting import random_facts, words
 from retrolm.training.data.chains import draw_chains
 from retrolm.training.data.config import PASSAGE_QUERY_KINDS
 from retrolm.training.data.fact_wordings import draw_line_wording, draw_wording
-from retrolm.training.data.facts import draw_quiz, quiz_on, with_decoys
+from retrolm.training.data.facts import draw_quiz, quiz_on, together, with_decoys
 from retrolm.training.data.mining import BM25Miner, EmbeddingMiner
 from retrolm.training.data.overlap import EvaluationTexts, file_texts
 from retrolm.training.data.passage_queries import cloze_question, common_words, keyword_question, passage_query
@@ -101,6 +101,30 @@ def test_decoys_are_about_the_asked_key_and_no_evidence(seed: int) -> None:
     assert all(any(key in text for key in plain.asked) for text in added)
     evidence = [text for text, wanted in zip(decoyed.statements, decoyed.is_evidence, strict=True) if wanted]
     assert evidence == [text for text, wanted in zip(plain.statements, plain.is_evidence, strict=True) if wanted]
+
+
+@given(seed=st.integers(0, 400), count=st.integers(1, 6), most=st.integers(1, 20))
+def test_facts_of_several_kinds_are_asked_for_one_by_one(seed: int, count: int, most: int) -> None:
+    rng = random.Random(seed)
+    quizzes = [draw_quiz(rng, draw_wording(rng), rng.randint(1, 5), most) for _ in range(count)]
+    found = together(rng, quizzes, most)
+    assert sorted(found.statements) == sorted(text for quiz in quizzes for text in quiz.statements)
+    assert (found.question, found.answer_prefix) == (quizzes[0].question, quizzes[0].answer_prefix)
+    expected = []
+    for number, quiz in enumerate(quizzes):
+        rows = list(zip(quiz.statements, quiz.is_evidence, quiz.answers, strict=True))
+        own = {text for text, wanted, _ in rows if wanted}
+        if number:
+            expected.append(((quiz.question, quiz.answer_prefix), own))
+        else:
+            assert {t for t, wanted in zip(found.statements, found.is_evidence, strict=True) if wanted} == own
+        expected += [(asked, {text for text, _, a in rows if a == n}) for n, asked in enumerate(quiz.further)]
+    asked_for = [
+        (asked, {text for text, a in zip(found.statements, found.answers, strict=True) if a == n})
+        for n, asked in enumerate(found.further)
+    ]
+    assert asked_for == expected[:most]
+    assert max(found.answers) < len(found.further)
 
 
 @given(seed=st.integers(0, 400), count=st.integers(1, 7))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ...planting import distinct
-from .context import BuildContext
+from .context import Asked, BuildContext
 from .facts import hide
 from .frames import draw_frame
 from .sample import Stage1Sample
@@ -109,16 +109,20 @@ class Chain:
 
 
 def chain_sample(context: BuildContext, source: str, num_tokens: int, rng: random.Random) -> Stage1Sample:
-    """Build a text of `num_tokens` with a chain of 2 to 4 facts and chains of the same form as distractors."""
+    """Build a text of `num_tokens` with a chain of 2 to 4 facts and chains of the same form as distractors.
+
+    Further questions ask for those.
+    """
     frame = draw_frame(rng, context.config.paper_format)
     chains = draw_chains(rng, 1 + rng.randint(0, min(_MAX_DISTRACTORS, context.config.max_keys - 1)))
-    facts = [(statement, number == 0) for number, chain in enumerate(chains) for statement in chain.statements]
+    facts = [(statement, number) for number, chain in enumerate(chains) for statement in chain.statements]
     rng.shuffle(facts)
     haystack = rng.choices(_HAYSTACKS, weights=_HAYSTACK_WEIGHTS)[0]
-    pieces = hide(
-        context, frame, [text for text, _ in facts], [wanted for _, wanted in facts], haystack, num_tokens, rng
-    )
-    return context.finish(frame, pieces, chains[0].question, source, num_tokens, rng)
+    further: list[Asked] = [(chain.question, "") for chain in chains[1:]][: context.config.further_questions]
+    answers = [number - 1 if number <= len(further) else -1 for _, number in facts]
+    statements, is_evidence = [text for text, _ in facts], [number == 0 for _, number in facts]
+    pieces = hide(context, frame, statements, is_evidence, haystack, num_tokens, rng, answers)
+    return context.finish(frame, pieces, chains[0].question, source, num_tokens, rng, further=further)
 
 
 def draw_chains(rng: random.Random, count: int) -> list[Chain]:

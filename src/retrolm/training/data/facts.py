@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -54,10 +55,35 @@ def facts_sample(context: BuildContext, source: str, num_tokens: int, rng: rando
         pieces, quiz = _list_of_facts(context, frame, num_tokens, rng)
     else:
         most = context.config.further_questions
-        wording = draw_wording(rng, context.split)
-        quiz = draw_quiz(rng, wording, _num_keys(rng, context.config.max_keys), most, context.split)
+        draw = partial(_draw_quiz, context, rng, most)
+        quiz = together(rng, [draw() for _ in range(_num_quizzes(rng))], most) if most else draw()
         pieces = hide(context, frame, quiz.statements, quiz.is_evidence, haystack, num_tokens, rng, quiz.answers)
     return context.finish(frame, pieces, quiz.question, source, num_tokens, rng, quiz.answer_prefix, quiz.further)
+
+
+def _num_quizzes(rng: random.Random) -> int:
+    """Draw one or, as often, several kinds of facts: then it takes the wording as well to find the one asked for."""
+    return rng.choice((1, rng.randint(2, 6)))
+
+
+def _draw_quiz(context: BuildContext, rng: random.Random, most_further: int) -> Quiz:
+    wording = draw_wording(rng, context.split)
+    return draw_quiz(rng, wording, _num_keys(rng, context.config.max_keys), most_further, context.split)
+
+
+def together(rng: random.Random, quizzes: Sequence[Quiz], most_further: int) -> Quiz:
+    """All facts in one text, in random order: the first quiz's question, and the others' questions as further ones."""
+    first, rows, further = quizzes[0], [], list(quizzes[0].further)
+    for number, quiz in enumerate(quizzes):
+        own, begin = len(further), len(further) + 1
+        if number:
+            further += [(quiz.question, quiz.answer_prefix), *quiz.further]
+        for statement, is_evidence, answer in zip(quiz.statements, quiz.is_evidence, quiz.answers, strict=True):
+            moved = answer if not number else own if is_evidence else answer + begin if answer >= 0 else -1
+            rows.append((statement, is_evidence and not number, moved if moved < most_further else -1))
+    rng.shuffle(rows)
+    statements, evidence, answers = (list(column) for column in zip(*rows, strict=True))
+    return replace(first, statements=statements, is_evidence=evidence, further=further[:most_further], answers=answers)
 
 
 def _num_keys(rng: random.Random, most: int) -> int:

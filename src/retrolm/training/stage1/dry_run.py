@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ...config import RetroConfig
+from ...config import MIN_BUDGET_PAGES, RetroConfig
 from ...engine.model import RetroLM
 from ...engine.random_model import load_shape, random_model
 from ..data.sample import FurtherQuestion, Stage1Sample, TokenArray
@@ -55,6 +54,10 @@ class DryTrainer(Stage1Trainer):
 def _backbone(recipe: Stage1Recipe, shape: str, device: torch.device) -> RetroLM:
     train, longest = recipe.train, recipe.data.max_tokens
     model = random_model(load_shape(shape), getattr(torch, train.dtype), device)
-    spans = {"bookmark_span": train.bookmark_span, "score_rope": train.score_rope}
-    config = RetroConfig(page_size=train.page_size, kv_budget=max(longest, 3 * train.page_size))
-    return RetroLM(without_head(model), config=dataclasses.replace(config, **spans))
+    config = RetroConfig(
+        page_size=train.page_size,
+        kv_budget=max(longest, MIN_BUDGET_PAGES * train.page_size),
+        bookmark_span=train.bookmark_span,
+        score_rope=train.score_rope,
+    )
+    return RetroLM(without_head(model), config=config)
