@@ -122,6 +122,24 @@ def test_speed(bench: Path, trained: Outcome, tmp_path: Path) -> None:
     run_cli(*words, "--pool", bench / "pool", "--repeats", 2).refused_in_one_line("stage 1", "--repeats has no meaning")
 
 
+def test_retrievers_beside_one_another(bench: Path, trained: Outcome, tmp_path: Path) -> None:
+    own, out = bench / "run" / "retriever", tmp_path / "rows.jsonl"
+    words = ["train", "recall", bench / "recipe.toml", "--pool", bench / "pool", "--texts", 5, "--lengths", "150,200"]
+    done = run_cli(*words, "--retriever", own, "--retriever", "none", "--output", out)
+    assert done.code == 0 and "best layer" in done.out and "people" in done.out
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["retriever"], row["length"]) for row in rows] == [
+        (name, length) for length in (150, 200) for name in (str(own), "none")
+    ]
+    assert all(row["num_texts"] == 5 and len(row["layers"]) > 1 and "commit" in row for row in rows)
+    one = run_cli(*words, "--retriever", "none", "--output", out)
+    assert one.code == 0
+    alone = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["layers"] for row in alone] == [row["layers"] for row in rows[1::2]]
+    run_cli(*words, "--retriever", bench / "nowhere").refused_in_one_line("nowhere")
+    run_cli(*words, "--retriever", "none", "--lengths", "natural").refused_in_one_line("--lengths")
+
+
 def test_a_pool_is_needed(bench: Path) -> None:
     words = ["train", "stage1", bench / "recipe.toml", "--pool", bench / "missing", "--out", bench / "refused"]
     run_cli(*words).refused_in_one_line("is no prepared pool", "retrolm data stage1")

@@ -194,7 +194,8 @@ def test_recall_by_kind_adds_up(tmp_path: Path) -> None:
     step, config = trainer.step_module, dev_config(trainer.recipe.data, 200, 300)
     data = Stage1Dataset(tiny_pool(), trainer.lm.tokenizer, config, 10, "dev")
     collate = Collate(W, trainer.lm.pad_id)
-    found = held_out_recall(step, data, [[n] for n in range(10)], collate, trainer.lm.device)
+    other = Stage1Step(trainer.lm, random_retriever(trainer.lm, 1), trainer.recipe.train)
+    found, _ = held_out_recall([step, other], data, [[n] for n in range(10)], collate, trainer.lm.device)
     hits: dict[str, list[torch.Tensor]] = {}
     for number in range(10):
         assert 200 <= len(data[number].input_ids) <= 300

@@ -16,6 +16,7 @@ from .data import prepare
 from .screen import waiting
 from .train_ablate import ablate
 from .train_options import ConfigArgument, SettingsOption, parse_overrides
+from .train_recall import recall
 from .train_speed import speed
 from .train_view import report, training_progress
 
@@ -93,6 +94,7 @@ def stage2(
 
 command.command("speed")(speed)
 command.command("ablate")(ablate)
+command.command("recall")(recall)
 
 
 def _check_stop(stop_after: float | None) -> None:

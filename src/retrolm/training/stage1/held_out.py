@@ -6,7 +6,7 @@ Shape letters: S kinds of text, L layers with a loss, N questions.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -47,32 +47,34 @@ def dev_batches(config: Stage1DataConfig, num_samples: int, tokens_per_batch: in
 
 @torch.no_grad()
 def held_out_recall(
-    step: Stage1Step,
+    steps: Sequence[Stage1Step],
     data: Stage1Dataset,
     batches: Iterable[list[int]],
     collate: Collate,
     device: torch.device,
     total: Callable[[Tensor], Tensor] = lambda counts: counts,
-) -> dict[str, Any]:
-    """Measure the step's retriever (its running mean, where it has one) on batches of held-out samples.
+) -> list[dict[str, Any]]:
+    """Measure each step's retriever (its running mean, where it has one) on the same batches of held-out samples.
 
     Args:
-        data: of the split "dev". total: sums counts over processes.
+        steps: on one backbone, which reads each batch once. data: of the split "dev".
+        total: sums counts over processes.
 
     Returns:
-        "mean" and "best" over layers, "layers", and "kinds": the mean over layers by kind of text; None where no
-        question counts. Further questions count for the kind of their text.
+        For each step "mean" and "best" over layers, "layers", and "kinds": the mean over layers by kind of text; None
+        where no question counts. Further questions count for the kind of their text.
     """
     kinds = sorted({kind_of(part) for part, weight in data.context.config.weights.items() if weight > 0})
-    counts = torch.zeros(len(kinds), len(step.layers), 2, device=device)
-    step.eval()
+    counts = [torch.zeros(len(kinds), len(step.layers), 2, device=device) for step in steps]
     for indices in batches:
         batch = collate([data[index] for index in indices]).to(device)
-        result = step(batch)
         of_text = torch.tensor([kinds.index(kind_of(source)) for source in batch.sources], device=device)
-        counts.index_add_(0, of_text[batch.sequence_N], _each(result))
-    step.train()
-    return _figures(kinds, total(counts).cpu())
+        frozen = steps[0].read(batch)
+        for step, found in zip(steps, counts, strict=True):
+            step.eval()
+            found.index_add_(0, of_text[batch.sequence_N], _each(step(batch, frozen)))
+            step.train()
+    return [_figures(kinds, total(found).cpu()) for found in counts]
 
 
 def hits_and_counts(result: StepResult) -> Tensor:

@@ -103,7 +103,7 @@ class Stage1Trainer(TrainingLoop[ReadBatch]):
         config = dev_config(self.recipe.data, train.dev_min_tokens, train.dev_max_tokens)
         data = Stage1Dataset(self._pool, self.lm.tokenizer, config, train.dev_samples, "dev")
         own = self._own(dev_batches(config, train.dev_samples, train.tokens_per_batch))
-        return held_out_recall(self.step_module, data, own, self._collate(), self.lm.device, self._total)
+        return held_out_recall([self.step_module], data, own, self._collate(), self.lm.device, self._total)[0]
 
     def _save_artefact(self) -> None:
         self.retriever.card.details.update(step=self.step, tokens=self.tokens, train_s=round(self.seconds, 1))
