@@ -16,7 +16,7 @@ from retrolm.config import RetroConfig
 from retrolm.engine.compact_cache import CompactCache
 from retrolm.engine.decode_round import Query
 from retrolm.engine.decode_step import FUSED_FAMILIES, fused_obstacle
-from retrolm.engine.fast_decode import Runner, fast_decode_of
+from retrolm.engine.fast_decode import compact_runner, fast_decode_of
 from retrolm.engine.generation import Generator
 from retrolm.engine.model import RetroLM
 from retrolm.engine.stop_criteria import StopWhen
@@ -87,7 +87,7 @@ def test_fused_layers_equal_stock_layers(name: str) -> None:
     assert lm.backbone.config.model_type in FUSED_FAMILIES and fused_obstacle(lm.backbone) is None
     found = []
     for fused in (True, False):
-        runner = Runner(lm.backbone, batch=2, places=64, fused=fused)
+        runner = compact_runner(lm.backbone, batch=2, places=64, fused=fused)
         scramble(runner.cache)
         with torch.no_grad(), lm.attachment.run(runner.program):
             found.append(torch.stack([runner.step().clone() for _ in range(3)]))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from retrolm.config import RetroConfig
 from retrolm.engine.decode_step import fused_obstacle
-from retrolm.engine.fast_decode import Runner, fast_decode_of
+from retrolm.engine.fast_decode import compact_runner, fast_decode_of
 from retrolm.engine.model import RetroLM
 from retrolm.engine.stock import stock_answers
 from retrolm.evaluation.readers import RetroReader
@@ -223,7 +223,7 @@ def test_fused_layers_equal_stock_layers(name: str, shape: dict[str, Any], dtype
 
 
 def _steps(lm: RetroLM, batch: int, fused: bool) -> Tensor:
-    runner = Runner(lm.backbone, batch, places=512, fused=fused)
+    runner = compact_runner(lm.backbone, batch, places=512, fused=fused)
     with torch.no_grad(), lm.attachment.run(runner.program):
         runner.prepare()
         scramble(runner.cache)

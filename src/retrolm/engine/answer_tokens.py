@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,15 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..methods.token_base import RepeatScores, TokenMethod
+from ..methods.token_pages import PagedTokenMethod
 from .answering import PROGRAMS, Outcome, Prompt, PromptProgram, prompt_answer
-from .decode_round import FirstToken, ended
+from .decode_reading import DecodeRequest
+from .decode_round import Continuation, FirstToken, continuation, from_loop
+from .dense_decode import places_for_prompt
+from .fast_decode import fast_decode_of
 from .generate_options import GenerateOptions
+from .paged_cache import PagedCache
+from .paged_decode import PagedRunners, note_exposure, paged_obstacle
 from .question_reading import read_questions
 from .repeat_reading import repeat_scores
 from .results import Answer, Timings
@@ -26,22 +33,34 @@ if TYPE_CHECKING:
     from .model import RetroLM
 
 
-@dataclass(frozen=True)
-class _Generated:
-    """Rows generated for a batch, whether each came to an end of its own, and when (`time.perf_counter`)."""
+@dataclass
+class _Batch:
+    """Prompts that are answered side by side, and when reading them began and ended (`time.perf_counter()`).
 
-    rows: list[tuple[list[int], bool]]
-    started: float
-    read: float
-    first: float
-    finished: float
-    num_steps: int
+    Attributes:
+        paged: the cache that answers were generated over, if it was the engine's own loop.
+    """
+
+    stream: TokenStream
+    prompts: Sequence[Prompt]
+    started: float = 0.0
+    read: float = 0.0
+    paged: PagedCache | None = None
 
     @property
-    def timings(self) -> Timings:
+    def rows(self) -> list[list[int]]:
+        """All ids of each prompt."""
+        return [prompt.ids for prompt in self.prompts]
+
+    def timings(self, found: Continuation) -> Timings:
         """Of the whole batch."""
-        per_token = (self.finished - self.first) / max(self.num_steps - 1, 1)
-        return Timings(self.read - self.started, self.first - self.read, per_token)
+        return Timings(self.read - self.started, found.first_at - self.read, found.tpot_s)
+
+    def decode_counts(self, num_steps: int) -> list[list[list[int]]]:
+        """Keys attended by each generated token, [layer][step][sample]."""
+        if self.paged is None:
+            return self.stream.decode_counts()
+        return [layer.tally.most_SB[:num_steps].tolist() for layer in self.paged.layers]
 
 
 @PROGRAMS.register("tokens")
@@ -62,9 +81,9 @@ class TokenProgram(PromptProgram):
         rows = [prompt.ids for prompt in prompts]
         if not all(rows):
             raise UserError("Nothing to answer: a prompt has no tokens.")
-        stream = self._stream(len(rows), max(map(len, rows)) + max_new_tokens)
-        found = self._generate(stream, prompts, max_new_tokens, checked)
-        return self._answers(stream, rows, found)
+        batch = _Batch(self._stream(len(rows), max(map(len, rows)) + max_new_tokens), prompts)
+        found = self._generate(batch, max_new_tokens, checked)
+        return self._answers(batch, found)
 
     def logits(self, input_ids: Tensor) -> Tensor:
         stream = self._stream(1, len(input_ids))
@@ -97,41 +116,83 @@ class TokenProgram(PromptProgram):
             )
         return method.dense_heads(self._repeat_scores)
 
-    @torch.no_grad()
-    def _generate(
-        self, stream: TokenStream, prompts: Sequence[Prompt], num_tokens: int, checked: GenerateOptions
-    ) -> _Generated:
-        lm, backbone, rows = self.lm, self.lm.backbone, [prompt.ids for prompt in prompts]
+    def _generate(self, batch: _Batch, num_tokens: int, checked: GenerateOptions) -> Continuation:
+        """By the engine's own loop where the method has a step of fixed shape and it is wanted, else by `generate`."""
+        lm, method = self.lm, self.lm.method
+        assert isinstance(method, TokenMethod)
+        fast, obstacle = fast_decode_of(lm.attachment, lm.backbone), paged_obstacle(lm.backbone, method)
+        decoded, path = fast.attempt(
+            lm.attachment, checked, lambda: self._request(batch, num_tokens, checked), obstacle
+        )
+        if decoded is None:
+            return self._by_generate(batch, num_tokens, checked, path)
+        assert batch.paged is not None
+        note_exposure(batch.paged)
+        return from_loop(decoded, checked)
+
+    def _request(self, batch: _Batch, num_tokens: int, checked: GenerateOptions) -> DecodeRequest:
+        lm, rows = self.lm, batch.rows
+        assert isinstance(lm.method, PagedTokenMethod)
         longest = max(map(len, rows))
-        width = backbone.cache_room(longest - 1, num_tokens) + 1
-        input_ids, mask = left_padded(rows, lm.pad_id, width)
-        first = FirstToken()
-        call = checked.call(num_tokens, first, checked.streamer)
-        started = time.perf_counter()
+        wants_ids = checked.streamer is not None or checked.criteria
+        return DecodeRequest(
+            rows=len(rows),
+            places=places_for_prompt(longest + num_tokens),
+            fill=lambda cache: self._read_into(batch, cache),
+            num_tokens=num_tokens,
+            prompts=left_padded(rows, lm.pad_id, longest)[0] if wants_ids else None,
+            streamer=checked.streamer,
+            runners=PagedRunners(lm.method, lm.config.kv_budget),
+            **checked.loop_settings(),
+        )
+
+    @torch.no_grad()
+    def _read_into(self, batch: _Batch, cache: PagedCache) -> None:
+        """Read the prompts, all but their last tokens, and hand them over; no logits yet."""
+        batch.paged = cache
+        backbone = self.lm.backbone
+        with self._reading(batch):
+            caches, lengths = batch.stream.read_so_far()
+            ropes = [backbone.rope(layer) for layer in range(backbone.num_layers)]
+            cache.fill(caches, ropes, lengths, [ids[-1] for ids in batch.rows])
+
+    @contextmanager
+    def _reading(self, batch: _Batch) -> Iterator[None]:
+        """Read the prompts, all but their last tokens; the stream runs until the block ends."""
+        lm, backbone, stream = self.lm, self.lm.backbone, batch.stream
+        batch.started = time.perf_counter()
         if stream.needs_question:
-            stream.questions = read_questions(
-                backbone, lm.attachment, [prompt.question for prompt in prompts], lm.pad_id
-            )
+            questions = [prompt.question for prompt in batch.prompts]
+            stream.questions = read_questions(backbone, lm.attachment, questions, lm.pad_id)
         with lm.attachment.run(stream):
-            read_prompts(backbone, stream, [ids[:-1] for ids in rows], lm.pad_id)
+            read_prompts(backbone, stream, [ids[:-1] for ids in batch.rows], lm.pad_id)
             stream.end_prefill()
             if backbone.device.type == "cuda":
                 torch.cuda.synchronize(backbone.device)
-            read = time.perf_counter()
-            with generating(backbone, stream, len(rows)):
-                out = backbone.model.generate(
-                    input_ids=input_ids.to(backbone.device),
-                    attention_mask=mask.to(backbone.device).long(),
-                    past_key_values=counting_cache(backbone.num_layers, width - 1),
-                    **call.arguments,
-                )
-        finished = time.perf_counter()
-        stops = call.stop.stops(len(rows), width)
-        found = [ended(row, checked.eos_ids, stop) for row, stop in zip(out[:, width:].tolist(), stops, strict=True)]
-        return _Generated(found, started, read, first.at, finished, out.shape[1] - width)
+            batch.read = time.perf_counter()
+            yield
 
-    def _answers(self, stream: TokenStream, rows: list[list[int]], found: _Generated) -> list[Answer]:
-        prefill, decode, kept = stream.prefill_counts(), stream.decode_counts(), stream.kept_bytes()
+    @torch.no_grad()
+    def _by_generate(self, batch: _Batch, num_tokens: int, checked: GenerateOptions, path: str) -> Continuation:
+        lm, backbone, rows = self.lm, self.lm.backbone, batch.rows
+        width = backbone.cache_room(max(map(len, rows)) - 1, num_tokens) + 1
+        input_ids, mask = left_padded(rows, lm.pad_id, width)
+        first = FirstToken()
+        call = checked.call(num_tokens, first, checked.streamer)
+        with self._reading(batch), generating(backbone, batch.stream, len(rows)):
+            out = backbone.model.generate(
+                input_ids=input_ids.to(backbone.device),
+                attention_mask=mask.to(backbone.device).long(),
+                past_key_values=counting_cache(backbone.num_layers, width - 1),
+                **call.arguments,
+            )
+        return continuation(out, width, call, checked, first, path)
+
+    def _answers(self, batch: _Batch, found: Continuation) -> list[Answer]:
+        stream, rows = batch.stream, batch.rows
+        prefill, decode, kept = stream.prefill_counts(), batch.decode_counts(found.num_steps), stream.kept_bytes()
+        if batch.paged is not None:  # what was generated went into the other cache
+            kept = [size + found.num_steps * stream.row_bytes for size in kept]
         dense = stream.dense_head_counts()
         method = self.lm.method
         assert isinstance(method, TokenMethod)
@@ -144,12 +205,13 @@ class TokenProgram(PromptProgram):
                 ended=over,
                 prefill=[layer[i] for layer in prefill],
                 decode=[max((step[i] for step in layer[:steps]), default=0) for layer in decode],
-                timings=found.timings,
+                timings=batch.timings(found),
                 device_bytes=kept[i],
                 max_position=min(stream.max_position, len(rows[i]) + len(tokens) - 2),
                 dense_heads=tuple(max((step[i] for step in layer[:steps]), default=0) for layer in dense),
                 left_dense=method.dense_layers(self.lm.backbone.num_layers),
                 notes=notes,
+                decode_path=found.path,
             )
             answers.append(prompt_answer(self.lm, outcome))
         return answers

@@ -74,6 +74,11 @@ class CompactCache:
         self.positions_B.copy_(ends_B - 1)
         self.tokens_B.copy_(last_tokens_B)
 
+    def rewind(self) -> None:
+        """Stand at the first place, whatever is in the cache."""
+        self.index.zero_()
+        self.positions_B.zero_()
+
     def advance(self) -> None:
         """The next token stands one place further."""
         self.index.add_(1)

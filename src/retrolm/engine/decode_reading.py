@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from .compact_cache import CompactCache
+from .backbone import Backbone
 from .stop_criteria import StopNote
 from .token_choice import TokenChoice
 
@@ -27,6 +27,7 @@ class DecodeRequest:
         rows: sequences side by side. places: that the cache needs at least.
         positions: that tokens may stand at; 0 = no more than places.
         fill: returns the logits [rows, V] of the first token where reading the prompts gave them, else None.
+        runners: builds what runs, of (backbone, rows, places), for requests equal in it; None = over a compact cache.
         pad_id: what criteria and streamers see in a row that has ended, if there are tokens that end one.
         prompts: int64 [rows, T], as `generate` would be given them; needed by criteria and streamers only.
         criteria: asked about each token in order, as `generate` asks them.
@@ -36,7 +37,7 @@ class DecodeRequest:
 
     rows: int
     places: int
-    fill: Callable[[CompactCache], Tensor | None]
+    fill: Callable[[Any], Tensor | None]
     num_tokens: int
     choice: TokenChoice
     positions: int = 0
@@ -46,6 +47,7 @@ class DecodeRequest:
     ahead: int = LOOKAHEAD
     stopped: Callable[[], bool] = bool
     streamer: BaseStreamer | None = None
+    runners: Callable[[Backbone, int, int], Any] | None = None
 
 
 class Tape:

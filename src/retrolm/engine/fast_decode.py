@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .adapter import LoraAdapter, adapter_hooks
-from .attachment import Attachment
+from .attachment import Attachment, Program
 from .backbone import Backbone
 from .compact_cache import CompactCache
 from .decode_reading import DecodeRequest, Draws, Reader, Tape
@@ -56,12 +56,20 @@ class Decoded:
         return len(self.rows[0])
 
 
+# What builds a runner (None: `compact_runner`), and for how many rows.
+_Key = tuple[Callable[[Backbone, int, int], Any] | None, int]
+
+
+def _key(request: DecodeRequest) -> _Key:
+    return request.runners, request.rows
+
+
 class FastDecode:
     """Decoding of one attached model; keeps caches and graphs for the next answers."""
 
     def __init__(self, backbone: Backbone) -> None:
         self._backbone = backbone
-        self._runners: OrderedDict[int, Runner] = OrderedDict()
+        self._runners: OrderedDict[_Key, Runner] = OrderedDict()
         self._failure: str | None = None
         self._captured: tuple[int, ...] = ()
 
@@ -113,7 +121,7 @@ class FastDecode:
             runner = self._runner(request)
             with attachment.run(runner.program):
                 if not self._prepared(runner):
-                    del self._runners[request.rows]
+                    del self._runners[_key(request)]
                     return None
             first_BV = request.fill(runner.cache)
             if request.streamer is not None:
@@ -126,20 +134,26 @@ class FastDecode:
 
     def _runner(self, request: DecodeRequest) -> Runner:
         """One that is kept, or a new one in place of those that are too small or least used."""
-        runner = self._runners.pop(request.rows, None)
+        runner = self._runners.pop(_key(request), None)
         if runner is not None and not runner.has_room(request):
             runner = None  # its memory is free before another one is made
         if runner is None:
             while len(self._runners) >= _KEPT:
                 self._runners.popitem(last=False)
-            runner = Runner(self._backbone, request.rows, request.places, request.positions)
-        self._runners[request.rows] = runner
+            runner = self._built(request)
+        self._runners[_key(request)] = runner
         return runner
+
+    def _built(self, request: DecodeRequest) -> Runner:
+        if request.runners is None:
+            return compact_runner(self._backbone, request.rows, request.places, request.positions)
+        found: Runner = request.runners(self._backbone, request.rows, request.places)
+        return found
 
     def release_but(self, rows: int, places: int) -> None:
         """Give back caches for other numbers of rows, and one that is much larger than `places`."""
         for key, runner in list(self._runners.items()):
-            if key != rows or runner.cache.places > _SPACIOUS * places:
+            if key != (None, rows) or runner.cache.places > _SPACIOUS * places:
                 del self._runners[key]
 
     def _on_device(self) -> AbstractContextManager[Any]:
@@ -187,24 +201,43 @@ def fast_decode_of(attachment: Attachment, backbone: Backbone) -> FastDecode:
 _OF: WeakKeyDictionary[Attachment, FastDecode] = WeakKeyDictionary()
 
 
+class StaticCache(Protocol):
+    """What a runner asks of its cache, whose tensors keep their places.
+
+    Attributes:
+        tokens_B: tokens to feed next, int64. batch, places: samples, and room of each.
+    """
+
+    tokens_B: Tensor
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def places(self) -> int: ...
+
+    def rewind(self) -> None:
+        """Stand at the first place, whatever is in the cache."""
+        ...
+
+
 class Runner:
     """One cache and the step over it, captured as a graph on CUDA.
+
+    Args:
+        cache: which the step advances. program: that runs while it does. positions: that tokens may stand at.
 
     Attributes:
         path: what runs, for reports.
     """
 
     def __init__(
-        self, backbone: Backbone, batch: int, places: int, positions: int = 0, fused: bool | None = None
+        self, backbone: Backbone, cache: StaticCache, program: Program, step: Step, positions: int = 0
     ) -> None:
-        self.cache = CompactCache(backbone, batch, places)
-        self.program = StaticProgram(backbone, self.cache)
-        self._positions = max(places, positions)
-        if fused is None:
-            fused = fused_obstacle(backbone) is None and not adapter_hooks(backbone.model)
-        self._step: Step = (
-            FusedStep(backbone, self.cache, self._positions) if fused else StockStep(backbone, self.cache)
-        )
+        self.cache = cache
+        self.program = program
+        self._step = step
+        self._positions = positions
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
         self._on_cuda = backbone.device.type == "cuda"
@@ -223,8 +256,7 @@ class Runner:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                self.cache.index.zero_()
-                self.cache.positions_B.zero_()
+                self.cache.rewind()
                 for _ in range(_WARM_UPS):
                     self._step()
             torch.cuda.current_stream().wait_stream(stream)
@@ -240,6 +272,17 @@ class Runner:
             return self._step()
         self._graph.replay()
         return self._logits
+
+
+def compact_runner(
+    backbone: Backbone, batch: int, places: int, positions: int = 0, fused: bool | None = None
+) -> Runner:
+    """Over a `CompactCache`; `fused` layers wherever the model has them, unless said otherwise."""
+    cache, positions = CompactCache(backbone, batch, places), max(places, positions)
+    if fused is None:
+        fused = fused_obstacle(backbone) is None and not adapter_hooks(backbone.model)
+    step: Step = FusedStep(backbone, cache, positions) if fused else StockStep(backbone, cache)
+    return Runner(backbone, cache, StaticProgram(backbone, cache), step, positions)
 
 
 def steps_ahead(request: DecodeRequest, device: torch.device) -> int:

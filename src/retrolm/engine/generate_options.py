@@ -121,7 +121,9 @@ class GenerateOptions:
 
     def loop_obstacle(self) -> str | None:
         """What in these options only transformers' `generate` can do; None if the engine's own loop can do it all."""
-        if self._processors or self._options.get("prefix_allowed_tokens_fn") is not None:
+        # One that says that it needs no ids neither waits for the device nor minds what is thrown away behind a stop.
+        needs_ids = any(getattr(processor, "needs_ids", True) for processor in self._processors)
+        if needs_ids or self._options.get("prefix_allowed_tokens_fn") is not None:
             return "a logits processor"
         names = {*vars(GenerationConfig()), *self._options} - {"transformers_version"}
         for name in sorted(name for name in names if not name.startswith("_") and name not in _LOOP_KNOWS):
@@ -149,6 +151,7 @@ class GenerateOptions:
             top_p=self._value("top_p"),
             eos_ids=self.eos_ids,
             min_new_tokens=int(self._value("min_new_tokens") or 0),
+            processors=tuple(self._processors),
         )
 
     def stopped(self) -> bool:

@@ -18,6 +18,7 @@ class TokenChoice:
         sample: draw from the distribution rather than take its peak.
         temperature, top_k, top_p: as for `generate`; None or a neutral value leaves the distribution as it is.
         eos_ids: ruled out for the first `min_new_tokens` tokens.
+        processors: change the logits before a token is chosen, as logits processors that need no ids.
     """
 
     sample: bool = False
@@ -26,12 +27,15 @@ class TokenChoice:
     top_p: float | None = None
     eos_ids: tuple[int, ...] = ()
     min_new_tokens: int = 0
+    processors: tuple[Any, ...] = ()
 
     def __call__(self, logits_BV: Tensor, num_done: int) -> Tensor:
         """Token ids int64 [B]; `num_done` tokens were generated before."""
         scores = logits_BV.to(torch.float32, copy=True)
         if num_done < self.min_new_tokens and self.eos_ids:
             scores[:, list(self.eos_ids)] = -torch.inf
+        for processor in self.processors:
+            scores = processor(None, scores)
         if not self.sample:
             return scores.argmax(-1)
         for warper in self._warpers():

@@ -105,6 +105,10 @@ class TokenStream:
         self.max_position = max(needed, min(max(windows, default=0), num_tokens)) - 1
         self._backbone.require_positions(max(needed, *windows, self._kv_budget) + 1 if windows else needed + 1)
 
+    def read_so_far(self) -> tuple[list[TokenCache | None], list[int]]:
+        """Each layer's cache, and tokens of each sample."""
+        return self._caches, self._lengths
+
     # --- what it took ---------------------------------------------------------------------------------------
 
     def prefill_counts(self) -> list[list[int]]:
@@ -120,11 +124,17 @@ class TokenStream:
         """The same of the heads that are left dense; no steps in layers without any."""
         return [torch.stack(steps).tolist() if steps else [] for steps in self._decode_dense]
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's keys and values in all layers."""
+        backbone = self._backbone
+        return 2 * backbone.num_layers * backbone.num_kv_heads * backbone.head_dim * backbone.dtype.itemsize
+
     def kept_bytes(self) -> list[int]:
         """Bytes of keys and values kept for each sample."""
-        row_bytes = 2 * self._backbone.num_kv_heads * self._backbone.head_dim * self._backbone.dtype.itemsize
+        layer_bytes = self.row_bytes // self._backbone.num_layers
         kept = [num_kept(cache) for cache in self._caches if cache is not None]
-        return [sum(layer) * row_bytes for layer in zip(*kept, strict=True)] if kept else [0] * len(self._lengths)
+        return [sum(layer) * layer_bytes for layer in zip(*kept, strict=True)] if kept else [0] * len(self._lengths)
 
     # --- one layer ------------------------------------------------------------------------------------------
 
@@ -294,7 +304,8 @@ def generating(backbone: Backbone, stream: TokenStream, num_samples: int) -> Ite
         inputs = torch.cat([*again, newest], 1)
         stream.begin([inputs.shape[1]] * num_samples, is_prefill=False, num_again=len(again))
         if again:
-            cache = kwargs["past_key_values"]
+            # Newer transformers hand it over as `cache`.
+            cache = kwargs.get("cache") or kwargs["past_key_values"]
             cache.crop(cache.get_seq_length() - len(again))
         again.append(newest)
         del again[: max(len(again) - stream.num_revised, 0)]

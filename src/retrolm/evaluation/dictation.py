@@ -25,6 +25,8 @@ class Dictation:
         num_parts: in how many parts, equal ones, the batch was answered one after the other.
     """
 
+    needs_ids = False  # so that the engine's own decoding loop takes it
+
     def __init__(self, dictated_FT: Tensor, num_rows: int, num_tokens: int, eos_ids: tuple[int, ...]) -> None:
         self._dictated_FT = dictated_FT
         self._eos_ids = list(eos_ids)
@@ -34,7 +36,7 @@ class Dictation:
         self.first_at = 0.0
         self.num_parts = 1
 
-    def __call__(self, input_ids: Tensor, scores_BV: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor | None, scores_BV: Tensor) -> Tensor:
         num_tokens = self._shape[1]
         if self._step % num_tokens == 0:
             self._begin(scores_BV)

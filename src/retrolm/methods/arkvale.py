@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .base import METHODS
-from .token_base import ChunkView
-from .token_pages import PagedTokenMethod, bound, page_extremes, rotated_cache, rotated_query
+from .token_pages import PagedTokenMethod, page_extremes
 
 
 @METHODS.register("arkvale")
@@ -31,6 +30,7 @@ class ArkVale(PagedTokenMethod):
     budget_split = "2 first pages + 2 last pages + best pages of 16 tokens; the first two layers are left dense"
     num_first_pages = 2
     num_last_pages = 2
+    heads_share = True
 
     @dataclass(frozen=True)
     class Knobs:
@@ -42,13 +42,12 @@ class ArkVale(PagedTokenMethod):
     def check_budget(self, kv_budget: int) -> None:
         self._refuse_budget(kv_budget, 5 * self.knobs.page, "two first pages, two last ones and one to choose")
 
-    def page_scores(self, view: ChunkView, page_B1T: Tensor, num_pages: int) -> Tensor:
-        keys, there = rotated_cache(view)
-        low, high = page_extremes(keys, there, page_B1T, num_pages)
-        centre = ((low + high) / 2).nan_to_num(0.0, 0.0, 0.0)
-        into = page_B1T[..., None].expand_as(keys)
-        apart = (keys - centre.gather(2, into)).abs().masked_fill(~there, 0.0)
-        counts = there.to(keys.dtype).new_zeros(len(keys), 1, num_pages, 1)
-        counts = counts.scatter_add(2, page_B1T[..., None], there.to(keys.dtype)).clamp(min=1)
-        width = centre.new_zeros(centre.shape).scatter_add(2, into, apart) / counts
-        return bound(rotated_query(view), centre - width, centre + width).sum(2).sum(1, keepdim=True)
+    def corners(self, keys_BKPWD: Tensor, there_B1PW1: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = page_extremes(keys_BKPWD, there_B1PW1)
+        centre = (low + high) / 2
+        apart = (keys_BKPWD - centre[:, :, :, None]).abs().masked_fill(~there_B1PW1, 0.0)
+        width = apart.sum(3) / there_B1PW1.sum(3).clamp(min=1)
+        return centre - width, centre + width
+
+    def page_scores(self, bounds_BKGP: Tensor) -> Tensor:
+        return bounds_BKGP.sum((1, 2))[:, None]

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .base import METHODS
-from .token_base import ChunkView
-from .token_pages import PagedTokenMethod, bound, page_extremes, rotated_cache, rotated_query
+from .token_pages import PagedTokenMethod, page_extremes
 
 
 @METHODS.register("quest")
@@ -38,8 +36,8 @@ class Quest(PagedTokenMethod):
     def check_budget(self, kv_budget: int) -> None:
         self._refuse_budget(kv_budget, 3 * self.knobs.page, "the published least of three pages")
 
-    def page_scores(self, view: ChunkView, page_B1T: Tensor, num_pages: int) -> Tensor:
-        keys, there = rotated_cache(view)
-        low, high = page_extremes(keys, there, page_B1T, num_pages)
-        bounds = bound(rotated_query(view), low, high).amax(2)
-        return bounds.masked_fill(low[..., 0] == torch.inf, -torch.inf)
+    def corners(self, keys_BKPWD: Tensor, there_B1PW1: Tensor) -> tuple[Tensor, Tensor]:
+        return page_extremes(keys_BKPWD, there_B1PW1)
+
+    def page_scores(self, bounds_BKGP: Tensor) -> Tensor:
+        return bounds_BKGP.amax(2)

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from ..ops.merge_attention import merge_attention
+from ..ops.paged_attention import PagesToRead, allowed, merge_shifted
 from .arkvale import ArkVale
 from .base import METHODS
 from .knobs import positive
 from .quest_tokens import Quest
 from .retro_exposure import Revises
 from .token_base import ChunkView, Part
-from .token_pages import PagedTokenMethod
+from .token_pages import PagedTokenMethod, PageState
 
 Partials = Literal["kept", "recomputed"]
 
@@ -45,7 +46,8 @@ class RetroAttention(Revises, PagedTokenMethod):
     """The decorator, put in front of a page-choosing method in a class's bases.
 
     State per layer: `loaded`, the true position of the last token that each page was loaded for, int64 [B, J, P], -1 =
-    none; `out` and `lse`, the outputs so far of the tokens that the next step revises.
+    none; `out` and `lse`, the outputs so far of the tokens that the next step revises. Over a cache of fixed shape a
+    `PageState` has them, in Q rows that end with the newest token.
     """
 
     paper = "https://arxiv.org/abs/2508.09001"
@@ -99,6 +101,36 @@ class RetroAttention(Revises, PagedTokenMethod):
             lse_BHQ = torch.cat([old[1], lse_BHQ[:, :, -1:]], 2)
         state["out"], state["lse"] = out_BHQD, lse_BHQ
         return out_BHQD
+
+    def new_state(self, keys_BKPWD: Tensor, num_heads: int) -> PageState:
+        if not self.num_revised:
+            return PageState()
+        B, K, P, _, D = keys_BKPWD.shape
+        J, Q = 1 if self.heads_share else K, self.num_revised + 1
+        wide = torch.promote_types(keys_BKPWD.dtype, torch.float32)
+        counts = torch.zeros(B, J, Q, dtype=torch.int64, device=keys_BKPWD.device)
+        out = torch.zeros(B, num_heads, Q, D, dtype=wide, device=keys_BKPWD.device)
+        fresh = counts if self.knobs.partials == "recomputed" else None
+        state = PageState(counts.new_empty(B, J, P), out, out[..., 0].clone(), fresh)
+        state.clear()
+        return state
+
+    def read_pages(self, state: PageState, pages_BJn: Tensor, true_BQ: Tensor) -> PagesToRead:
+        if state.loaded_BJP is None:
+            return PagesToRead(pages_BJn)
+        fresh = PagesToRead(pages_BJn, after_BJn=state.loaded_BJP.gather(2, pages_BJn))
+        state.loaded_BJP.scatter_(2, pages_BJn, true_BQ[:, None, -1:].expand(pages_BJn.shape))
+        if state.fresh_BJQ is None:
+            return fresh
+        num_pages = state.loaded_BJP.shape[2]
+        state.fresh_BJQ.add_(allowed(fresh, true_BQ, num_pages, self.knobs.page).sum(-1))
+        until, pages = state.loaded_BJP.topk(min(self.knobs.window * pages_BJn.shape[2], num_pages), dim=2)
+        return PagesToRead(pages, until_BJn=until)
+
+    def finish(self, state: PageState, out_BHQD: Tensor, lse_BHQ: Tensor) -> Tensor:
+        if state.out_BHQD is None or state.lse_BHQ is None or self.knobs.partials == "recomputed":
+            return out_BHQD
+        return merge_shifted(state.out_BHQD, state.lse_BHQ, out_BHQD, lse_BHQ)
 
     def _loaded(self, view: ChunkView, chosen_BJP: Tensor) -> Tensor:
         """The last loads before this step, for as many pages as there are now."""

@@ -1,20 +1,44 @@
 """Token methods that choose whole pages for each generated token after a dense prefill (Quest, ArkVale).
 
-A method scores the pages; forced pages, budget and ties are the base's business. Shape letters as in `token_base`, and
-P pages of the longest sample.
+A method has a digest of pages and a score from its bounds; forced pages, budget and ties are the base's business. Shape
+letters as in `token_base`, and P pages of the longest sample, W tokens of a page, G = H // K.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..ops.paged_attention import PagesToRead, page_bounds
 from ..ops.rotary import rotate
 from .knobs import positive
 from .token_base import ChunkView, Part, TokenMethod, distance, places_of, true_at
+
+
+@dataclass
+class PageState:
+    """What methods that revise keep of one layer for the next step; None = nothing.
+
+    Attributes:
+        loaded_BJP: position of the last token that each page was loaded for, int64; -1 = none.
+        out_BHQD, lse_BHQ: attention outputs of the last step's tokens and log-sum-exp, float32 or wider.
+        fresh_BJQ: keys that tokens attended for the first time, summed over steps, int64; None = all that they attend.
+    """
+
+    loaded_BJP: Tensor | None = None
+    out_BHQD: Tensor | None = None
+    lse_BHQ: Tensor | None = None
+    fresh_BJQ: Tensor | None = None
+
+    def clear(self) -> None:
+        """As before the first step."""
+        for x, empty in ((self.loaded_BJP, -1), (self.out_BHQD, 0), (self.lse_BHQ, -torch.inf), (self.fresh_BJQ, 0)):
+            if x is not None:
+                x.fill_(empty)
 
 
 class PagedTokenMethod(TokenMethod):
@@ -24,6 +48,7 @@ class PagedTokenMethod(TokenMethod):
 
     Attributes:
         num_first_pages, num_last_pages: pages that are always chosen; the current page is the last of them.
+        heads_share: whether all heads attend the same pages (J = 1).
     """
 
     prefill = "dense"
@@ -36,11 +61,21 @@ class PagedTokenMethod(TokenMethod):
     true_positions = True
     num_first_pages: ClassVar[int] = 0
     num_last_pages: ClassVar[int] = 1
+    heads_share: ClassVar[bool] = False
     knobs: Any
 
     @abstractmethod
-    def page_scores(self, view: ChunkView, page_B1T: Tensor, num_pages: int) -> Tensor:
-        """How much each page is worth to the view's one query, [B, J, P]; `page_B1T` is the page of each place."""
+    def corners(self, keys_BKPWD: Tensor, there_B1PW1: Tensor) -> tuple[Tensor, Tensor]:
+        """The digest of each page: two corners of a box around its keys, each [B, K, P, D], finite also where a page
+        has no tokens.
+
+        Args:
+            keys_BKPWD: keys after RoPE, page by page. there_B1PW1: which of them exist, bool.
+        """
+
+    @abstractmethod
+    def page_scores(self, bounds_BKGP: Tensor) -> Tensor:
+        """How much each page is worth to one token, [B, J, P], from the bound of each of its query heads."""
 
     def check_knobs(self) -> None:
         positive(self.name, self.knobs, "page")
@@ -52,15 +87,42 @@ class PagedTokenMethod(TokenMethod):
         """Pages that the view's one query attends, bool [B, J, P]; None = everything."""
         if view.new.is_prefill or view.layer < self.knobs.num_dense_layers:
             return None
-        page_B1T = page_of_places(view, self.knobs.page)
         num_pages = max(map(sum, zip(view.new.before, view.new.num_new, strict=True))) // self.knobs.page + 1
-        pages = torch.arange(num_pages, device=page_B1T.device)
-        current = (view.true_BQ[:, -1:] // self.knobs.page)[:, None]
-        forced = (pages < self.num_first_pages) | (pages > current - self.num_last_pages)
-        scores = self.page_scores(view, page_B1T, num_pages)
-        best = scores.masked_fill(forced, torch.inf).masked_fill(pages > current, -torch.inf)
-        found = best.topk(min(view.kv_budget // self.knobs.page, num_pages), dim=2)
+        corners = self.corners(*cache_in_pages(view, self.knobs.page, num_pages))
+        scores = self.page_scores(page_bounds(rotated_query(view), *corners))
+        best = scores + self.page_bias(view.true_BQ[:, -1], num_pages)
+        found = best.topk(self.num_chosen(view.kv_budget, num_pages), dim=2)
         return torch.zeros_like(best, dtype=torch.bool).scatter(2, found.indices, found.values > -torch.inf)
+
+    def num_chosen(self, kv_budget: int, num_pages: int) -> int:
+        """Pages of a choice, of `num_pages` in all."""
+        return min(kv_budget // int(self.knobs.page), num_pages)
+
+    def page_bias(self, true_B: Tensor, num_pages: int) -> Tensor:
+        """What is added to scores so that pages are chosen always or never, float32 [B, 1, P]: +inf, -inf, else 0.
+
+        Args:
+            true_B: positions of the tokens that choose, int64.
+        """
+        pages = torch.arange(num_pages, device=true_B.device)
+        current = true_B.div(self.knobs.page, rounding_mode="floor")[:, None, None]
+        forced = (pages < self.num_first_pages) | (pages > current - self.num_last_pages)
+        bias = torch.zeros(forced.shape, device=true_B.device).masked_fill(forced, torch.inf)
+        return bias.masked_fill(pages > current, -torch.inf)
+
+    # --- steps over a cache of fixed shape, which can be captured -------------------------------------------------
+
+    def new_state(self, keys_BKPWD: Tensor, num_heads: int) -> PageState:
+        """What the method keeps of a layer with this cache between steps."""
+        return PageState()
+
+    def read_pages(self, state: PageState, pages_BJn: Tensor, true_BQ: Tensor) -> PagesToRead:
+        """What a step attends, from the pages chosen for its newest token; pages behind it may be among them."""
+        return PagesToRead(pages_BJn)
+
+    def finish(self, state: PageState, out_BHQD: Tensor, lse_BHQ: Tensor) -> Tensor:
+        """The step's attention output, from that over what was read."""
+        return out_BHQD
 
     def select(self, view: ChunkView) -> list[Part] | None:
         chosen = self.choose(view)
@@ -87,11 +149,19 @@ def at_pages(chosen_BJP: Tensor, page_B1T: Tensor) -> Tensor:
     return chosen_BJP.gather(2, page_B1T.expand(-1, chosen_BJP.shape[1], -1))
 
 
-def rotated_cache(view: ChunkView) -> tuple[Tensor, Tensor]:
-    """Keys at their true positions [B, K, T, D], and which places hold one [B, 1, T, 1]."""
-    true_B1T = view.cache.true_BJT
-    cos, sin = view.rope(true_B1T.clamp(min=0))
-    return rotate(view.cache.keys_BKTD, cos, sin), (true_B1T >= 0)[..., None]
+def cache_in_pages(view: ChunkView, page: int, num_pages: int) -> tuple[Tensor, Tensor]:
+    """Keys at their true positions, page by page [B, K, P, W, D], and which exist, bool [B, 1, P, W, 1].
+
+    The cache's tokens stand side by side, the newest at its end.
+    """
+    lengths_B1 = view.true_BQ[:, -1:] + 1
+    true_BT = torch.arange(num_pages * page, device=lengths_B1.device).expand(len(lengths_B1), -1)
+    _, K, T, D = view.cache.keys_BKTD.shape
+    places_BT = (true_BT + T - lengths_B1).clamp(max=T - 1)
+    cos, sin = view.rope(true_BT.minimum(lengths_B1 - 1)[:, None])
+    keys = rotate(view.cache.keys_BKTD.gather(2, places_BT[:, None, :, None].expand(-1, K, -1, D)), cos, sin)
+    there = (true_BT < lengths_B1)[:, None, :, None]
+    return keys.unflatten(2, (-1, page)), there.unflatten(2, (-1, page))
 
 
 def rotated_query(view: ChunkView) -> Tensor:
@@ -102,16 +172,9 @@ def rotated_query(view: ChunkView) -> Tensor:
     return wide.unflatten(1, (view.cache.keys_BKTD.shape[1], -1))
 
 
-def page_extremes(keys_BKTD: Tensor, there_B1T1: Tensor, page_B1T: Tensor, num_pages: int) -> tuple[Tensor, Tensor]:
-    """Least and greatest key of each page by channel, each [B, K, P, D]; +inf and -inf for pages without tokens."""
-    into = page_B1T[..., None].expand_as(keys_BKTD)
-    empty = keys_BKTD.new_full((*keys_BKTD.shape[:2], num_pages, keys_BKTD.shape[3]), torch.inf)
-    low = empty.scatter_reduce(2, into, keys_BKTD.masked_fill(~there_B1T1, torch.inf), "amin")
-    high = (-empty).scatter_reduce(2, into, keys_BKTD.masked_fill(~there_B1T1, -torch.inf), "amax")
-    return low, high
-
-
-def bound(query_BKGD: Tensor, low_BKPD: Tensor, high_BKPD: Tensor) -> Tensor:
-    """Largest dot product of each query with any key between the corners, [B, K, G, P]."""
-    low, high = (x.nan_to_num(0.0, 0.0, 0.0).to(query_BKGD.dtype) for x in (low_BKPD, high_BKPD))
-    return query_BKGD.clamp(max=0) @ low.mT + query_BKGD.clamp(min=0) @ high.mT
+def page_extremes(keys_BKPWD: Tensor, there_B1PW1: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and greatest key of each page by channel, each [B, K, P, D]; zeros for pages without tokens."""
+    low = keys_BKPWD.masked_fill(~there_B1PW1, torch.inf).amin(3)
+    high = keys_BKPWD.masked_fill(~there_B1PW1, -torch.inf).amax(3)
+    empty = ~there_B1PW1.any(3)
+    return low.masked_fill(empty, 0.0), high.masked_fill(empty, 0.0)
