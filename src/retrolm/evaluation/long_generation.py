@@ -173,6 +173,7 @@ class LongGeneration:
             "repeated": _repeated(said[free, :end].tolist()),
             "attended_tokens": dict(answer.attended_tokens),
             "kv_bytes": dict(answer.kv_bytes),
+            "decode_path": answer.decode_path,
             "ttft_s": answer.timings.prefill_s + answer.timings.ttft_s,
             "prediction": text,
             **({} if teacher else {"token_ids": said[row].tolist()}),
