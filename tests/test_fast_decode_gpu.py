@@ -14,6 +14,7 @@ from retrolm.engine.fast_decode import compact_runner, fast_decode_of
 from retrolm.engine.model import RetroLM
 from retrolm.engine.stock import stock_answers
 from retrolm.evaluation.readers import RetroReader
+from test_adapter import random_adapter
 from test_decode_stopping import Watch, compare, ragged, story_lm
 from test_eval_decoding import stopping_samples
 from test_fast_decode import FIXED, W, scramble
@@ -51,6 +52,15 @@ def test_it_is_the_default_on_a_gpu_and_says_so() -> None:
     generated(lm, random_ids(90)[None])
     (runner,) = fast_decode_of(lm.attachment, lm.backbone)._runners.values()
     assert runner.path == "fused layers, CUDA graph"
+
+
+def test_an_adapter_decodes_in_a_graph_of_its_own() -> None:
+    lm, ids = attach("qwen2"), random_ids(90)[None]
+    bare = generated(lm, ids, decoding="fast")
+    lm.use_adapter(random_adapter(lm).place(lm.backbone, torch.float32))
+    assert generated(lm, ids, decoding="fast") == generated(lm, ids, decoding="plain") != bare
+    (runner,) = fast_decode_of(lm.attachment, lm.backbone)._runners.values()
+    assert runner.path == "stock layers, CUDA graph"
 
 
 def test_sampling_follows_the_seed() -> None:

@@ -144,6 +144,35 @@ def test_an_average_of_ones_own_is_compared_too(tmp_path: Path) -> None:
     assert any(row["scope"] == "average two, 4K tokens" and row["num_pairs"] == 8 for row in pair_rows(part))
 
 
+def test_one_table_holds_scores_times_and_memory(run: Path, tmp_path: Path) -> None:
+    """Costs come from other rows; a method that lacks a task of a group, or has no such rows, says so."""
+    alone = made_up_rows(num_samples=3, lengths=(8192,))
+    kept = [row for row in alone if row["method"] != "recency" and row["task"] == "ruler/niah_single_2"]
+    for name in ("alone", "scored"):
+        (tmp_path / name).mkdir()
+    write_lines(tmp_path / "alone" / "samples.jsonl", [{**row, "ttft_s": 7.0, "tpot_s": 0.003} for row in kept])
+    rows = [r for r in made_up_rows() if (r["method"], r["task"]) != ("mean_key", "ruler/niah_multikey_1")]
+    write_lines(tmp_path / "scored" / "samples.jsonl", rows)
+    words = ["--matrix", "one=ruler/niah_single_2", "--matrix", "two=ruler/niah_single_2,ruler/niah_multikey_1"]
+    done = run_cli("report", tmp_path / "scored", "--out", tmp_path / "out", *words, "--costs", tmp_path / "alone")
+    assert done.code == 0, done
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert text.index("## All methods; times and memory at 8K tokens") < text.index("## Overview")
+    lines = [line.split(" | ") for line in text.split("## Overview")[0].splitlines() if line.startswith("| ")]
+    head, full = lines[0], lines[2]
+    assert head[3:6] == ["one 4K tokens", "one 8K tokens", "one 64K tokens"] and len(head) == 3 + 6 + 3
+    assert full[0] == "| full" and full[5].endswith("*") and full[9:11] == ["7.00", "3.0"]
+    scores = [
+        r["score"] for r in rows if (r["method"], r["task"], r["length"]) == ("full", "ruler/niah_single_2", 4096)
+    ]
+    assert full[3] == f"{100 * sum(scores) / len(scores):.1f}"
+    by_name = {line[0].removeprefix("| "): line for line in lines[2:]}
+    assert by_name["mean_key"][6:9] == [MISSING] * 3 != by_name["mean_key"][3:6]
+    assert by_name["recency"][9:11] == [MISSING] * 2
+    run_cli("report", run, "--out", tmp_path / "o", "--costs", run).refused_in_one_line("--costs needs --matrix")
+    run_cli("report", run, "--out", tmp_path / "o", "--matrix", "one=").refused_in_one_line("--matrix needs NAME=TASK")
+
+
 def test_what_a_method_leaves_dense_stands_beside_its_budget(tmp_path: Path) -> None:
     rows = made_up_rows(2, (4096,))
     rows[0]["attended_tokens"] |= {"dense_heads": 4090}

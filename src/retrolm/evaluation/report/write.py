@@ -13,6 +13,7 @@ from typing import Any
 from ... import __version__
 from ...errors import UserError
 from ..journal import write_whole
+from .matrix import Matrix, matrix_table
 from .pairs import NOTE as PAIRS_NOTE
 from .pairs import pair_rows
 from .plots import Plot, all_plots
@@ -23,20 +24,26 @@ from .tables import all_tables, overview_table
 TEMPLATE = Path(__file__).parent / "page.html.j2"
 
 
-def write_report(folders: Sequence[Path], out: Path, groups: Mapping[str, tuple[str, ...]] | None = None) -> list[Path]:
+def write_report(
+    folders: Sequence[Path],
+    out: Path,
+    groups: Mapping[str, tuple[str, ...]] | None = None,
+    matrix: Matrix | None = None,
+) -> list[Path]:
     """Write the report on the rows of `folders` into `out`; returns the files.
 
     Args:
-        groups: tasks to average over by name, beside the known groups.
+        groups: tasks to average over by name, beside the known groups. matrix: one table of all methods, put in front.
 
     Raises `UserError` for folders without rows, and if plots or templates can't be made for want of a package.
     """
-    return write_results(load_results(folders, groups), out)
+    return write_results(load_results(folders, groups), out, matrix=matrix)
 
 
-def write_results(results: Results, out: Path, title: str = "Results") -> list[Path]:
+def write_results(results: Results, out: Path, title: str = "Results", matrix: Matrix | None = None) -> list[Path]:
     """Write the report on rows that were read; returns the files. Raises `UserError` as `write_report` does."""
     tables = ([overview_table(results)] if results.cells else []) + all_tables(results)
+    tables = ([] if matrix is None else [matrix_table(results, matrix)]) + tables
     plots = all_plots(results)
     out.mkdir(parents=True, exist_ok=True)
     texts = {
