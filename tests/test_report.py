@@ -166,6 +166,7 @@ def test_one_table_holds_scores_times_and_memory(run: Path, tmp_path: Path) -> N
         r["score"] for r in rows if (r["method"], r["task"], r["length"]) == ("full", "ruler/niah_single_2", 4096)
     ]
     assert full[3] == f"{100 * sum(scores) / len(scores):.1f}"
+    assert "Samples per task and length: 25." in text
     by_name = {line[0].removeprefix("| "): line for line in lines[2:]}
     assert by_name["mean_key"][6:9] == [MISSING] * 3 != by_name["mean_key"][3:6]
     assert by_name["recency"][9:11] == [MISSING] * 2

@@ -48,7 +48,15 @@ def matrix_table(results: Results, matrix: Matrix) -> Table:
     head = ["", "prefill", "KV budget", *head, "first token (s)", "per token (ms)", f"{memory} (GB)"]
     marked = any(cell.endswith(BEYOND) for row in rows for cell in row[3:])
     title = f"All methods; times and memory at {length_name(timed)}"
-    return Table(title, head, rows, f"{NOTE} {BEYOND_NOTE}" if marked else NOTE)
+    notes = [NOTE, _samples(results, matrix), *([BEYOND_NOTE] if marked else [])]
+    return Table(title, head, rows, " ".join(notes))
+
+
+def _samples(results: Results, matrix: Matrix) -> str:
+    tasks = {task for group in matrix.groups.values() for task in group}
+    counts = {cell["num_samples"] for cell in results.cells if cell["task"] in tasks} or {0}
+    span = str(max(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+    return f"Samples per task and length: {span}."
 
 
 def _lengths(results: Results, tasks: Sequence[str]) -> list[int | None]:
