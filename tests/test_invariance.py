@@ -119,7 +119,7 @@ def slabs_of(store: PageStore, layer: int) -> list[tuple[Slabs, dict[int, int]]]
     if isinstance(store, ResidentStore):
         return [(store._layers[layer], {page: page for page in range(store._capacity)})]
     assert isinstance(store, TieredStore)
-    cache = store._cache[layer]
+    cache = store._tiers[layer]
     in_cache = {page: slot for slot, page in enumerate(cache._page_in.tolist()) if page >= 0}
     return [(store._host[layer], {page: page for page in range(store._capacity)}), (cache.slabs, in_cache)]
 

@@ -43,7 +43,7 @@ def test_a_store_is_a_dictionary_of_pages(kind: str, data: st.DataObject) -> Non
     written: dict[tuple[int, int], int] = {}
     held: list[int] = []
     for step in range(data.draw(st.integers(1, 25))):
-        action = data.draw(st.sampled_from(["reserve", "release", "write", "read", "read", "prefetch"]))
+        action = data.draw(st.sampled_from(["reserve", "release", "write", "read", "read"]))
         if action == "reserve":
             new = store.reserve(data.draw(st.integers(0, 6))).tolist()
             assert not set(new) & set(held) and len(set(new)) == len(new) and new == sorted(new)
@@ -62,9 +62,6 @@ def test_a_store_is_a_dictionary_of_pages(kind: str, data: st.DataObject) -> Non
             layer = data.draw(st.sampled_from(sorted({layer for layer, _ in written})))
             there = [page for at, page in written if at == layer]
             ids = torch.tensor(data.draw(st.lists(st.sampled_from(there), min_size=1, max_size=12)))
-            if action == "prefetch":
-                store.prefetch(layer, ids)
-                continue
             keys, values = store.read(layer, ids)
             salts = torch.tensor([written[layer, page] for page in ids.tolist()])
             expected = (ids * 1000.0 + salts)[:, None, None, None].expand(-1, W, K, D)

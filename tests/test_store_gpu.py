@@ -63,7 +63,7 @@ def test_dequantising_is_what_plain_pytorch_does(
 @pytest.mark.parametrize("page_size", [16, 63, 128])
 @pytest.mark.parametrize("slab_bytes", [2**15, 2**24])
 def test_tiers_read_the_same(bits: int, page_size: int, slab_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random writes, reads and prefetches, with slabs of a few pages and a cache of ten."""
+    """Random writes and reads, with slabs of a few pages and a cache of ten."""
     monkeypatch.setattr(pinned_module, "SLAB_BYTES", slab_bytes)
     shape = layout(bits, page_size=page_size)
     tiered, resident = TieredStore(shape, 10 * shape.page_bytes * LAYERS, 2), ResidentStore(shape)
@@ -75,8 +75,6 @@ def test_tiers_read_the_same(bits: int, page_size: int, slab_bytes: int, monkeyp
     for step in range(60):
         layer = step % LAYERS
         some = torch.randint(0, 40, (int(torch.randint(1, 14, (), generator=generator)),), generator=generator)
-        if step % 3 == 0:
-            tiered.prefetch(layer, some.to(CUDA))
         if step % 7 == 0:
             new = pages(shape, len(some.unique()), 100 + step)
             for store in (tiered, resident):

@@ -60,7 +60,6 @@ class PageChooser:
             return PageSets(sizes, num_dense, pages.lengths.new_empty(1, 0) if num_past == 0 else None)
         scores_nKP = self._scores(method, probes, self._parts.digests.read(layer, on.table_ids[:num_past]))
         picked = self._pick(layer, group, on, scores_nKP)
-        self._prefetch(layer, on, picked)
         by_head = scores_nKP.shape[1] > 1
         scores = scores_nKP.sum(1) if by_head else scores_nKP[:, 0]
         return PageSets(sizes, num_dense, picked, scores if self._parts.scores_pages(layer) else None, by_head)
@@ -119,11 +118,6 @@ class PageChooser:
             there = [torch.tensor(x).to(device, non_blocking=True) for x in (past, room)]
             self._limits[key] = (past, room, (there[0], there[1]))
         return self._limits[key]
-
-    def _prefetch(self, layer: int, on: GroupTensors, picked_nS: Tensor) -> None:
-        """The next layer often wants the same pages."""
-        if layer + 1 < self._parts.backbone.num_layers and self._parts.store.can_prefetch(layer + 1):
-            self._parts.store.prefetch(layer + 1, on.table_ids[picked_nS[-1].clamp(min=0)])
 
     def _shifted(self, layer: int, group: PageGroup, probes_nF: Tensor) -> Tensor:
         """With causal selection each text page uses the probe of the page before it (D22)."""

@@ -68,9 +68,6 @@ class RestoredStore(PageStore):
         own = self._fresh._read(layer, ids[new.to(ids.device)] - self.num_stored)
         return _joined(there, own[0], first), _joined(there, own[1], second)
 
-    def prefetch(self, layer: int, ids: Tensor) -> None:
-        """Nothing is read that wasn't asked for."""
-
     def bytes(self) -> StoreBytes:
         fresh = self._fresh.bytes()
         page_bytes = self.layout.page_bytes * self.layout.num_layers

@@ -84,7 +84,7 @@ class CachedSlabs:
 
     def __init__(self, below: FileSlabs, layout: PageLayout, slots: int) -> None:
         self._below = below
-        self._cache = LayerCache(layout, _CPU, slots)
+        self._cache = LayerCache(layout, _CPU, slots, below)
 
     def grow(self, num_pages: int) -> None:
         self._below.grow(num_pages)
@@ -92,12 +92,11 @@ class CachedSlabs:
 
     def write(self, ids: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store `keys` and `values` [N, *stored_shape] as pages `ids` [N]."""
-        self._below.write(ids, keys, values)
-        self._cache.insert(ids, keys, values)
+        self._cache.write(ids, keys, values)
 
     def read(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values [N, *stored_shape] of pages `ids` [N]."""
-        return self._cache.read(ids, self._below)
+        return self._cache.read(ids)
 
     def bytes(self) -> int:
         return self._cache.slabs.bytes()

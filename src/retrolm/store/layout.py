@@ -73,13 +73,11 @@ class StoreStats:
     Attributes:
         pages_read: pages that reads asked for; where not all are on the device, each counts once per read.
         pages_missed: those of them that were not on the device.
-        pages_fetched: pages copied to the device, prefetched ones included.
         bytes_to_device, bytes_to_host: what that moved. pin_s: seconds it took to pin host memory.
     """
 
     pages_read: int = 0
     pages_missed: int = 0
-    pages_fetched: int = 0
     bytes_to_device: int = 0
     bytes_to_host: int = 0
     pin_s: float = 0.0
@@ -181,14 +179,6 @@ class PageStore(ABC):
     @abstractmethod
     def _read(self, layer: int, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return the two halves of stored pages, [N, *stored_shape] each, on the layer's device."""
-
-    def can_prefetch(self, layer: int) -> bool:
-        """Whether `prefetch` has anything to do, so that callers need not work out what they want."""
-        return True
-
-    @abstractmethod
-    def prefetch(self, layer: int, ids: Tensor) -> None:
-        """Start moving pages towards the device; a hint that never changes results."""
 
     @abstractmethod
     def bytes(self) -> StoreBytes:

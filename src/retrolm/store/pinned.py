@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .fetch import WORD, copy_records, has_triton
 from .layout import PageLayout, Slabs
 
 _CPU = torch.device("cpu")
@@ -33,6 +32,7 @@ class PinnedSlabs(Slabs):
         self._compute = device
         self._out = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._written: torch.cuda.Event | None = None
+        self._leaving: list[Tensor] = []
         self.pin_s = 0.0
 
     def grow(self, num_pages: int) -> None:
@@ -47,11 +47,16 @@ class PinnedSlabs(Slabs):
         self.pin_s += time.perf_counter() - started
 
     def write(self, ids: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Copy pages `ids` (on the host) from the device, behind what is computed there now."""
+        """Copy pages `ids` (on the host) from the device, behind what is computed there now.
+
+        Their memory is held until `settle`: given to the stream's keeping it would come back only as the host sees
+        the copy done, and a host that runs layers ahead would take new memory for each.
+        """
+        keys, values = keys.contiguous(), values.contiguous()
+        self._leaving += [keys, values]
         if self._out is None:
             super().write(ids, keys, values)
             return
-        keys, values = keys.contiguous(), values.contiguous()
         self._out.wait_stream(torch.cuda.current_stream(self._compute))
         with torch.cuda.stream(self._out):
             for slab, place, where in self._runs(ids):
@@ -59,27 +64,18 @@ class PinnedSlabs(Slabs):
                 self._keys[slab][place : place + num].copy_(keys[where], non_blocking=True)
                 self._values[slab][place : place + num].copy_(values[where], non_blocking=True)
             self._written = self._out.record_event()
-        for half in (keys, values):
-            half.record_stream(self._out)
+
+    def settle(self) -> None:
+        """Let what is computed next wait for all copies, and their sources go."""
+        if self._written is not None:
+            torch.cuda.current_stream(self._compute).wait_event(self._written)
+        self._leaving.clear()
 
     def read(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Pages `ids`, on the host."""
         if self._written is not None:
             self._written.synchronize()
         return super().read(ids)
-
-    def load(self, ids: Tensor, into: Slabs, slots: Tensor) -> None:
-        """Copy pages `ids` to `slots` of a device's slabs (both on the host), on the current stream."""
-        half = self._layout.page_bytes // 2
-        if self._out is None or not has_triton() or half % WORD:
-            keys, values = self.read(ids)
-            into.write(slots, keys.to(self._compute), values.to(self._compute))
-            return
-        if self._written is not None:
-            torch.cuda.current_stream(self._compute).wait_event(self._written)
-        pairs = torch.stack([self.addresses(ids), into.addresses(slots)]).flatten(1).pin_memory()
-        sources, targets = pairs.to(self._compute, non_blocking=True)
-        copy_records(sources, targets, half)
 
     def _runs(self, ids: Tensor) -> Iterator[tuple[int, int, slice]]:
         """Runs of pages that lie behind each other in one slab: slab, first place in it, places in `ids`."""

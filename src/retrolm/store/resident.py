@@ -29,11 +29,5 @@ class ResidentStore(PageStore):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self._layers[layer].table(), picked_nS, ids_P, own_nO
 
-    def can_prefetch(self, layer: int) -> bool:
-        return False
-
-    def prefetch(self, layer: int, ids: Tensor) -> None:
-        """Nothing to move: all pages are where they are needed."""
-
     def bytes(self) -> StoreBytes:
         return StoreBytes(device=self.num_used * self.layout.page_bytes * self.layout.num_layers, host=0)

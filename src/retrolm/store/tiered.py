@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .hot_pages import HotPages, can_decide
 from .layout import PageLayout, PageStore, Slabs, StoreBytes, StoreStats
 from .pinned import PinnedSlabs
 
@@ -37,12 +38,32 @@ def slots_of(name: str, layout: PageLayout, cap_bytes: int, min_pages: int) -> i
     return slots
 
 
+class DeviceTier(Protocol):
+    """One layer's pages: the host tier below, and on the device those used last."""
+
+    slabs: Slabs
+
+    def grow(self, num_pages: int) -> None: ...
+
+    def write(self, ids: Tensor, first: Tensor, second: Tensor) -> None: ...
+
+    def settle(self) -> None: ...
+
+    def read(self, ids: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def locate(
+        self, picked_nS: Tensor, ids_P: Tensor, own_nO: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None: ...
+
+    def reads(self) -> tuple[int, int]: ...
+
+
 class TieredStore(PageStore):
     """Host tier for all pages, device tier for the pages used last.
 
-    Pages are written to both tiers. A read copies the missing pages to the device and evicts those whose last use
-    lies furthest back. With CUDA the host tier is pinned, and pages go to it and come ahead of need (`prefetch`) on
-    streams of their own. The device tier takes no more room than there are pages.
+    A read copies the missing pages to the device and evicts those whose last use lies furthest back. With CUDA the
+    host tier is pinned, pages go to it on streams of their own, and the device decides itself what is missing
+    (`HotPages`). The device tier takes no more room than there are pages.
 
     Args:
         device_bytes: cap on KV bytes on the device, over all layers.
@@ -56,48 +77,40 @@ class TieredStore(PageStore):
         super().__init__(layout)
         slots = slots_of("device_kv_bytes", layout, device_bytes, min_pages)
         self._host: Sequence[HostPages] = host or [PinnedSlabs(layout, device) for device in layout.devices]
-        self._cache = [LayerCache(layout, device, slots) for device in layout.devices]
+        self._tiers = [_tier(layout, *pair, slots) for pair in zip(layout.devices, self._host, strict=True)]
+        self._open_layer = 0  # the layer written last; no other one waits for copies
         self._num_written = 0
 
     def _grow(self, num_pages: int) -> None:
-        for host, cache in zip(self._host, self._cache, strict=True):
+        for host, tier in zip(self._host, self._tiers, strict=True):
             host.grow(num_pages)
-            cache.grow(num_pages)
+            tier.grow(num_pages)
 
     def _write(self, layer: int, ids: Tensor, first: Tensor, second: Tensor) -> None:
-        ids, host = ids.to(_CPU), self._host[layer]
-        if isinstance(host, PinnedSlabs):
-            host.write(ids, first, second)
-        else:
-            host.write(ids, first.to(_CPU), second.to(_CPU))
-        self._cache[layer].insert(ids, first, second)
+        if self._open_layer != layer:
+            self._tiers[self._open_layer].settle()
+            self._open_layer = layer
+        self._tiers[layer].write(ids.to(_CPU), first, second)
         self._num_written += len(ids)
 
     def _read(self, layer: int, ids: Tensor) -> tuple[Tensor, Tensor]:
-        return self._cache[layer].read(ids, self._host[layer])
+        return self._tiers[layer].read(ids)
 
     def _locate(
         self, layer: int, picked_nS: Tensor, ids_P: Tensor, own_nO: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        return self._cache[layer].locate(picked_nS, ids_P, own_nO, self._host[layer])
-
-    def can_prefetch(self, layer: int) -> bool:
-        return self._cache[layer].can_prefetch
-
-    def prefetch(self, layer: int, ids: Tensor) -> None:
-        self._cache[layer].prefetch(ids, self._host[layer])
+        return self._tiers[layer].locate(picked_nS, ids_P, own_nO)
 
     def bytes(self) -> StoreBytes:
         host = self.num_used * self.layout.page_bytes * self.layout.num_layers
-        return StoreBytes(device=sum(cache.slabs.bytes() for cache in self._cache), host=host)
+        return StoreBytes(device=sum(tier.slabs.bytes() for tier in self._tiers), host=host)
 
     def stats(self) -> StoreStats:
-        fetched = sum(cache.num_fetched for cache in self._cache)
+        read, missed = (sum(column) for column in zip(*(tier.reads() for tier in self._tiers), strict=True))
         return StoreStats(
-            pages_read=sum(cache.num_reads for cache in self._cache),
-            pages_missed=sum(cache.num_misses for cache in self._cache),
-            pages_fetched=fetched,
-            bytes_to_device=fetched * self.layout.page_bytes,
+            pages_read=read,
+            pages_missed=missed,
+            bytes_to_device=missed * self.layout.page_bytes,
             bytes_to_host=self._num_written * self.layout.page_bytes,
             pin_s=sum(host.pin_s for host in self._host if isinstance(host, PinnedSlabs)),
         )
@@ -108,30 +121,35 @@ class TieredStore(PageStore):
         return self.stats().hit_rate
 
 
+def _tier(layout: PageLayout, device: torch.device, host: HostPages, slots: int) -> DeviceTier:
+    if isinstance(host, PinnedSlabs) and can_decide(layout, device):
+        return HotPages(layout, device, slots, host)
+    return LayerCache(layout, device, slots, host)
+
+
 class LayerCache:
-    """The device tier of one layer: which page stands in which slot, and when it was last used.
+    """The device tier of one layer where the host decides: which page stands in which slot, when it was last used.
 
     While it has a slot for every page, each stands in the slot of its own number, and nothing waits for the host.
 
     Args:
-        slots: most pages it may hold.
+        slots: most pages it may hold. host: all pages of the layer.
     """
 
-    def __init__(self, layout: PageLayout, device: torch.device, slots: int) -> None:
+    def __init__(self, layout: PageLayout, device: torch.device, slots: int, host: HostPages) -> None:
         self.slabs = Slabs(layout, device)
         self._device = device
+        self._host = host
         self._most = slots
         self._page_in = torch.empty(0, dtype=torch.int64)
         self._used = torch.empty(0, dtype=torch.int64)
         self._slot_of = torch.empty(0, dtype=torch.int64)
         self._clock = 0
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._prefetched: torch.cuda.Event | None = None
-        self.num_reads = 0
-        self.num_misses = 0
-        self.num_fetched = 0
+        self._num_reads = 0
+        self._num_misses = 0
 
     def grow(self, num_pages: int) -> None:
+        """Make room for pages that the host has room for."""
         self._slot_of = torch.cat([self._slot_of, torch.full((num_pages,), -1)])
         missing = min(self._most, len(self._slot_of)) - len(self._page_in)
         if missing > 0:
@@ -143,97 +161,74 @@ class LayerCache:
     def _holds_all(self) -> bool:
         return len(self._page_in) == len(self._slot_of)
 
-    @property
-    def can_prefetch(self) -> bool:
-        """Whether there is a stream for it, and pages that are not here."""
-        return self._stream is not None and not self._holds_all
-
-    def insert(self, ids: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Take over pages that were just written (`ids` on the host); what doesn't fit is dropped from the cache."""
-        self._wait_for_prefetch()
+    def write(self, ids: Tensor, first: Tensor, second: Tensor) -> None:
+        """Take over pages `ids` (on the host); what doesn't fit is dropped from the cache."""
+        if isinstance(self._host, PinnedSlabs):
+            self._host.write(ids, first, second)
+        else:
+            self._host.write(ids, first.to(_CPU), second.to(_CPU))
         self._clock += 1
         if self._holds_all:
             self._page_in[ids] = self._slot_of[ids] = ids
             self._used[ids] = self._clock
-            self.slabs.write(ids, keys, values)
+            self.slabs.write(ids, first, second)
             return
         slots = self._slot_of[ids]
         self._page_in[slots[slots >= 0]] = -1
         self._used[slots[slots >= 0]] = 0
         self._slot_of[ids] = -1
         if len(ids) <= len(self._page_in):
-            self.slabs.write(self._claim(ids), keys, values)
+            self.slabs.write(self._claim(ids), first, second)
 
-    def read(self, ids: Tensor, host: HostPages) -> tuple[Tensor, Tensor]:
+    def settle(self) -> None:
+        """Wait for what was written, on the device's side."""
+        if isinstance(self._host, PinnedSlabs):
+            self._host.settle()
+
+    def read(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return pages `ids` on the device, in parts if they don't fit the cache together."""
         if self._holds_all:
-            self.num_reads += len(ids)
+            self._num_reads += len(ids)
             return self.slabs.read(ids)
         ids = ids.to(_CPU)
         unique = ids.unique()
         capacity = len(self._page_in)
         if len(unique) <= capacity:
-            self._make_ready(unique, host)
+            self._load(unique)
             return self.slabs.read(self._slot_of[ids])
         half = len(ids) // 2
-        first, second = self.read(ids[:half], host), self.read(ids[half:], host)
+        first, second = self.read(ids[:half]), self.read(ids[half:])
         return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]])
 
-    def locate(
-        self, picked_nS: Tensor, ids_P: Tensor, own_nO: Tensor, host: HostPages
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    def locate(self, picked_nS: Tensor, ids_P: Tensor, own_nO: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """Bring pages to the device and say where they stand (`PageStore._locate`); None if they don't fit together."""
         if self._holds_all:
-            self.num_reads += picked_nS.numel() + own_nO.numel()
+            self._num_reads += picked_nS.numel() + own_nO.numel()
             return self.slabs.table(), picked_nS, ids_P, own_nO
         past_ids = ids_P[picked_nS.clamp(min=0)].where(picked_nS >= 0, own_nO[:, :1])
         ids = torch.cat([past_ids, own_nO], 1).to(_CPU)
         unique = ids.unique()
         if len(unique) > len(self._page_in):
             return None
-        self._make_ready(unique, host)
+        self._load(unique)
         slots = self._slot_of[ids].to(self._device, non_blocking=True)
         return self.slabs.table(), picked_nS[:, :0], ids_P, slots
 
-    def _make_ready(self, unique: Tensor, host: HostPages) -> None:
-        self._wait_for_prefetch()
-        self.num_reads += len(unique)
-        self.num_misses += self._load(unique, host)
+    def reads(self) -> tuple[int, int]:
+        """Pages asked for so far, and those of them that were not on the device."""
+        return self._num_reads, self._num_misses
 
-    def prefetch(self, ids: Tensor, host: HostPages) -> None:
-        """Load pages on a stream of its own; only the next use of this layer waits for it."""
-        if self._stream is None or not self.can_prefetch:
-            return
-        unique = ids.to(_CPU).unique()[: len(self._page_in) // 2]
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            self._load(unique, host)
-            self._prefetched = self._stream.record_event()
-
-    def _load(self, unique: Tensor, host: HostPages) -> int:
-        """Make sure the pages `unique` are in the cache; returns how many were not."""
+    def _load(self, unique: Tensor) -> None:
+        """Make sure the pages `unique` are in the cache."""
         self._clock += 1
+        self._num_reads += len(unique)
         slots = self._slot_of[unique]
         missing = unique[slots < 0]
         self._used[slots[slots >= 0]] = self._clock
         if len(missing):
-            self.num_fetched += len(missing)
-            self._fetch(missing, host)
-        return len(missing)
-
-    def _fetch(self, missing: Tensor, host: HostPages) -> None:
-        if isinstance(host, PinnedSlabs):
-            host.load(missing, self.slabs, self._claim(missing))
-            return
-        keys, values = host.read(missing)
-        keys, values = keys.to(self._device, non_blocking=True), values.to(self._device, non_blocking=True)
-        self.slabs.write(self._claim(missing), keys, values)
-
-    def _wait_for_prefetch(self) -> None:
-        """Slots that a prefetch is still filling may be read or given away only after it."""
-        if self._prefetched is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._prefetched)
-            self._prefetched = None
+            self._num_misses += len(missing)
+            halves = (half.to(self._device, non_blocking=True) for half in self._host.read(missing))
+            self.slabs.write(self._claim(missing), *halves)
 
     def _claim(self, ids: Tensor) -> Tensor:
         """Give each page the slot whose page was used longest ago; returns the slots."""
