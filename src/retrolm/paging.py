@@ -37,7 +37,8 @@ class PageTable:
     def __post_init__(self) -> None:
         total = self.lengths.cumsum(0)
         self.tokens_before = total - self.lengths
-        self.num_tokens = int(total[-1]) if len(total) else 0
+        self._before = [0, *total.tolist()]  # asking a tensor for one number costs as much as a launch
+        self.num_tokens = self._before[-1]
         self.sink_tokens = int(self.lengths[: self.num_sink].sum())
         starts = torch.zeros_like(self.lengths)
         starts[: self.num_sink] = self.page_size - self.lengths[: self.num_sink]
@@ -45,6 +46,10 @@ class PageTable:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def tokens_in(self, num_pages: int) -> int:
+        """Tokens of the first `num_pages` pages."""
+        return self._before[num_pages]
 
     def extended(self, ids: Tensor, lengths: Tensor) -> PageTable:
         """Return a table with further pages behind these."""
@@ -61,7 +66,7 @@ def room_for_past(table: PageTable, num_past: int, own_tokens: int, kv_budget: i
     If all past tokens and the page itself fit the budget it may attend all of them; otherwise every page counts as a
     full one. `own_tokens` is what the current page takes from the budget when `strict`.
     """
-    past_tokens = int(table.tokens_before[num_past]) if num_past < len(table) else table.num_tokens
+    past_tokens = table.tokens_in(num_past)
     own = own_tokens if strict else 0
     if past_tokens + own <= kv_budget:
         return max(num_past - table.num_sink, 0)
@@ -70,7 +75,7 @@ def room_for_past(table: PageTable, num_past: int, own_tokens: int, kv_budget: i
 
 def start_position(table: PageTable, num_past: int, room: int) -> int:
     """Compact position of the first token of page `num_past`: all past tokens if they fit, else a full set (D6)."""
-    past_tokens = int(table.tokens_before[num_past]) if num_past < len(table) else table.num_tokens
+    past_tokens = table.tokens_in(num_past)
     return min(past_tokens, table.sink_tokens + room * table.page_size)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,7 +72,8 @@ class Chunk:
 
     def token_ids(self) -> Tensor:
         """Token ids of all pages behind each other, int64 [T]."""
-        return torch.tensor([token for group in self.groups for page in group.tokens for token in page])
+        tokens = chain.from_iterable(page for group in self.groups for page in group.tokens)
+        return torch.from_numpy(np.fromiter(tokens, np.int64))
 
     def page_lengths(self) -> Tensor:
         """Tokens of each page, int64 [N]."""
@@ -87,7 +90,10 @@ def text_group(
 ) -> PageGroup:
     """Group of text pages `first`, `first + 1`, … of `table`; `window` is the widest sliding window kept (tokens)."""
     ordinals = range(first, first + len(tokens))
-    room = [room_for_past(table, n, int(table.lengths[n]), config.kv_budget, config.strict_budget) for n in ordinals]
+    room = [
+        room_for_past(table, n, len(page), config.kv_budget, config.strict_budget)
+        for n, page in enumerate(tokens, first)
+    ]
     own = slice(first, first + len(tokens))
     return PageGroup(
         table=table,
@@ -114,7 +120,7 @@ def query_group(
 
 def _end(table: PageTable, num_past: int, room: int, config: RetroConfig, window: int) -> int:
     """Compact position of a page's first token: behind the largest set that any layer gathers before it."""
-    past_tokens = int(table.tokens_before[num_past]) if num_past < len(table) else table.num_tokens
+    past_tokens = table.tokens_in(num_past)
     if config.first_layer_mode == "full" and config.num_skip_layers:
         return past_tokens
     in_window = min(past_tokens, window + table.page_size) if window else 0

@@ -16,7 +16,7 @@ from .chunk import PageGroup
 from .gather import SetLayout
 
 # A CPU works fastest on one page's set at a time, which fits its caches; a GPU on as many as fill it.
-_MOST_BYTES = 2**28
+_MOST_BYTES = 2**27
 
 
 @dataclass
@@ -47,16 +47,18 @@ def set_runs(
         by_choice: pages are chosen; else the most recent ones are attended (sliding layers).
         most: pages per run (`most_pages`).
     """
-    own_tokens = group.lengths.sum(1).tolist()
-    alike = [_alike(group, row, sizes[row], num_local) if by_choice else None for row in range(first, len(group))]
-    shapes = [None if x is None else tuple(group.table.lengths[x[0]].tolist()) for x in alike]
+    own_tokens, lengths = group.lengths.sum(1).tolist(), group.table.lengths.tolist()
+    short = [page for page, length in enumerate(lengths) if length != group.table.page_size]
+    rows_left = range(first, len(group))
+    alike = [_alike(group, row, sizes[row], num_local, short) if by_choice else None for row in rows_left]
+    shapes = [None if pages is None else tuple(lengths[page] for page in pages) for pages in alike]
     kinds = list(zip(sizes[first:], own_tokens[first:], group.end[first:], shapes, strict=True))
     runs, start = [], first
     for (size, *_), same in groupby(kinds):
         stop = start + len(list(same))
         for at in range(start, stop, most):
             rows = slice(at, min(at + most, stop))
-            runs.append(SetRun(rows, size, alike[at - first] if by_choice else _recent(group, rows, size)))
+            runs.append(SetRun(rows, size, _row(alike[at - first]) if by_choice else _recent(group, rows, size)))
         start = stop
     return runs
 
@@ -66,16 +68,22 @@ def most_pages(device: torch.device, set_bytes: int) -> int:
     return 1 if device.type == "cpu" else max(1, _MOST_BYTES // set_bytes)
 
 
-def _alike(group: PageGroup, row: int, size: int, num_local: int) -> Tensor | None:
-    """Pages [1, S] with the lengths of those that page `row` will choose, or None if these can differ."""
+def _alike(group: PageGroup, row: int, size: int, num_local: int, short: Sequence[int]) -> list[int] | None:
+    """S pages with the lengths of those that page `row` will choose, or None if these can differ.
+
+    Args:
+        short: pages of the table that aren't full.
+    """
     table, past = group.table, group.num_past[row]
     num_sink = min(table.num_sink, past)
     certain = num_local if size - num_sink >= num_local + len(group.pinned) else 0
-    open_to_choice = table.lengths[num_sink : max(past - certain, num_sink)]
-    if size < past and bool((open_to_choice != table.page_size).any()):
+    if size < past and any(num_sink <= page < past - certain for page in short):
         return None
-    others = torch.arange(past - (size - num_sink), past)
-    return torch.cat([torch.arange(num_sink), others])[None]
+    return [*range(num_sink), *range(past - (size - num_sink), past)]
+
+
+def _row(pages: list[int] | None) -> Tensor | None:
+    return None if pages is None else torch.tensor([pages], dtype=torch.int64)
 
 
 def _recent(group: PageGroup, rows: slice, size: int) -> Tensor:
