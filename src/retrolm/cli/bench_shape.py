@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 COLUMNS = ("tokens", "what", "batch", "prefill tokens/s", "ms per token", "peak reserved", "note")
 _PANEL = "Shapes with random weights"
-_HOST_TIER_GB = 2.0
+_HOST_TIER_GB = 1.0
 
 
 def _option(*names: str, help: str, default: Any = "none") -> Any:
@@ -80,7 +80,7 @@ def bench_shape(
 
     from ..engine.provenance import provenance
     from ..engine.random_model import load_shape, random_model
-    from ..engine.shape_bench import RowFile, ShapeBench, check_shape
+    from ..engine.shape_bench import RETRIEVER_RANK, RowFile, ShapeBench, check_shape
 
     shape = load_shape(str(options.shape))
     plan = _plan(engine, options, sizes, dense_limit)
@@ -94,6 +94,7 @@ def bench_shape(
         "dtype": str(dtype).removeprefix("torch."),
         "selections": "uniform" if options.selections is None else options.selections.name,
         "config": asdict(plan.config),
+        "retriever_rank": RETRIEVER_RANK,
         "host_tier_device_kv_bytes": plan.host_kv_bytes,
         **provenance(["retrolm", *sys.argv[1:]]),
         "equal_to_stock": {"passed": passed, "checks": [asdict(check) for check in checks]},

@@ -21,6 +21,8 @@ from ..errors import UserError
 from ..methods.base import PageMethod, PageTensors
 
 _BLOCK = 16
+_NONE = 2**40
+_MORE_PAGES = 8  # than those of the text: a prefix, questions
 _SPREAD = 40503  # odd number whose multiples fall everywhere
 
 
@@ -43,7 +45,7 @@ class _Watching(PageMethod):
         return torch.cat([probe, torch.stack([pages.ordinals, layer], 1).to(probe.dtype)], 1)
 
     def score(self, probe_NF: Tensor, digest_PE: Tensor) -> Tensor:
-        ordinals, layers = probe_NF[:, -2].long(), probe_NF[:, -1].long()
+        ordinals, layers = probe_NF[:, -2:].long().unbind(1)
         return self._judge(self._inner.score(probe_NF[:, :-2], digest_PE), ordinals, layers)
 
     def _judge(self, scores_NP: Tensor, ordinals_N: Tensor, layers_N: Tensor) -> Tensor:
@@ -97,30 +99,32 @@ class ReplayMethod(_Watching):
         self._recorded = recorded_LPS
         self._num_layers = num_layers
         self._num_pages = num_pages
+        self._picked_LPS: Tensor | None = None
 
     def _judge(self, scores_NP: Tensor, ordinals_N: Tensor, layers_N: Tensor) -> Tensor:
         if self._recorded is None:
-            return scores_NP.float() * 0 + torch.rand(scores_NP.shape, device=scores_NP.device)
-        self._recorded = self._recorded.to(scores_NP.device)
-        picked_NS = self._picked(ordinals_N, layers_N)
-        there = (picked_NS >= 0) & (picked_NS < scores_NP.shape[1])
-        worth_S = torch.arange(picked_NS.shape[1], 0, -1, device=scores_NP.device).float()
-        zeros = scores_NP.float() * 0
-        return zeros.scatter_reduce(1, picked_NS.where(there, 0), worth_S * there, "amax")
+            return torch.rand(scores_NP.shape, device=scores_NP.device)
+        if self._picked_LPS is None:
+            self._picked_LPS = self._stretched(self._recorded).to(scores_NP.device)
+        num_rows, num_past = scores_NP.shape
+        picked_NS = self._picked_LPS[layers_N, ordinals_N].clamp(max=num_past)  # behind all: what isn't there
+        worth_S = torch.arange(picked_NS.shape[1], 0, -1, dtype=torch.float32, device=scores_NP.device)
+        found = worth_S.new_zeros(num_rows, num_past + 1)
+        return found.scatter_reduce_(1, picked_NS, worth_S.expand(num_rows, -1), "amax")[:, :num_past]
 
-    def _picked(self, ordinals_N: Tensor, layers_N: Tensor) -> Tensor:
-        """Recorded pages of like places, stretched to this text, int64 [N, S]; -1 = none."""
-        assert self._recorded is not None
-        num_layers, num_recorded, _ = self._recorded.shape
+    def _stretched(self, recorded_LPS: Tensor) -> Tensor:
+        """Recorded pages of like places, stretched to this text, int64 [layers, pages, S]; a large number = none."""
+        num_layers, num_recorded, _ = recorded_LPS.shape
         stretch = self._num_pages / num_recorded
         blocks, recorded_blocks = (-(-num // _BLOCK) for num in (self._num_pages, num_recorded))
-        block_N = ordinals_N // _BLOCK * recorded_blocks // blocks
-        pages_N = (block_N * _BLOCK + ordinals_N % _BLOCK).clamp(max=num_recorded - 1)
-        rows_N = layers_N * num_layers // self._num_layers
-        picked_NS = self._recorded[rows_N, pages_N]
+        ordinals_P = torch.arange(self._num_pages + _MORE_PAGES)
+        block_P = ordinals_P // _BLOCK * recorded_blocks // blocks
+        pages_P = (block_P * _BLOCK + ordinals_P % _BLOCK).clamp(max=num_recorded - 1)
+        rows_L = torch.arange(self._num_layers) * num_layers // self._num_layers
+        picked_LPS = recorded_LPS[rows_L[:, None], pages_P]
         # Which of the pages that a recorded one stands for: any, but always the same one.
-        shift = picked_NS * _SPREAD % max(int(stretch), 1)
-        return ((picked_NS * stretch).long() + shift).where(picked_NS >= 0, -1)
+        shift = picked_LPS * _SPREAD % max(int(stretch), 1)
+        return ((picked_LPS * stretch).long() + shift).where(picked_LPS >= 0, _NONE)
 
 
 def save_selections(path: Path, recorded_LPS: Tensor, about: dict[str, Any]) -> None:

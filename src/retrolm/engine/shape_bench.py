@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
 
 from ..config import RetroConfig
 from ..errors import UserError, unknown
 from ..methods.base import PageMethod, page_method
+from ..retriever import PageRetriever, RetrieverCard
 from .attachment import Attachment
 from .decode_round import Query
 from .document import Document
@@ -30,6 +29,7 @@ from .generation import Generator
 from .model import RetroLM
 from .random_model import random_model
 from .selections import RecordingMethod, ReplayMethod
+from .stock_steps import StockSteps, pace
 from .verify import Verification, verify
 
 MEASUREMENTS = (
@@ -40,10 +40,11 @@ MEASUREMENTS = (
     "decode",
     "stock-decode",
     "stock-decode-compiled",
+    "stock-request",
 )
+_WARMED_UP_ALONE = ("stock-decode-compiled", "stock-request")  # compiling takes a minute, and each cache its own
 _QUESTION_TOKENS = 32
-_STOCK_STEPS = 16
-_WARM_UPS = 3
+RETRIEVER_RANK = 48  # that of the shipped ones
 _CHECK_LAYERS = 2
 
 
@@ -63,7 +64,7 @@ class ShapePlan:
     config: RetroConfig
     measurements: tuple[str, ...] = MEASUREMENTS
     batches: tuple[int, ...] = (1,)
-    host_kv_bytes: int = 2_000_000_000
+    host_kv_bytes: int = 1_000_000_000
     num_generated: int = 64
     dense_limit: int | None = None
     recorded_LPS: Tensor | None = None
@@ -125,8 +126,12 @@ class ShapeBench:
         self._model = model
         self._device = next(model.parameters()).device
         self._lm = RetroLM(model, config=plan.config)
+        self._lm.use_retriever(_small_retriever(self._lm))
         self._plan = replace(plan, config=self._lm.config)
         self._method = page_method(plan.method)()
+        self._stock = StockSteps(model, self._lm.backbone)
+        self._now = self._stock.now
+        self._requests: dict[int, dict[str, Any]] = {}
         self._question = self._ids(_QUESTION_TOKENS, seed=1)
 
     def run(self, on_step: Callable[[str], None] = lambda _: None) -> Iterator[Row]:
@@ -146,6 +151,8 @@ class ShapeBench:
         config = self._plan.config
         steady = config.kv_budget + 2 * config.chunk_pages * config.page_size
         for what in self._plan.measurements:
+            if what in _WARMED_UP_ALONE:
+                continue
             self._measured(what, min(steady, max(self._plan.lengths)), 1)
 
     def _measured(self, what: str, num_tokens: int, batch: int) -> Row:
@@ -162,8 +169,9 @@ class ShapeBench:
             "ours-device": self._ours_device,
             "ours-host": self._ours_host,
             "decode": self._decode,
-            "stock-decode": self._stock_decode,
-            "stock-decode-compiled": self._stock_decode_compiled,
+            "stock-decode": self._stock.growing,
+            "stock-decode-compiled": self._stock.compiled,
+            "stock-request": self._stock_requests,
         }[what]
         try:
             row.figures = measure(num_tokens, batch)
@@ -221,7 +229,7 @@ class ShapeBench:
             "decode_path": query.decode_path,
             "kv_device_bytes": stored.device,
             "kv_host_bytes": stored.host,
-            "pages_fetched_per_page": stats.pages_fetched / pages,
+            "pages_fetched_per_page": stats.pages_missed / pages,
             "fetched_gb_per_s": stats.bytes_to_device / seconds / 1e9,
             **{f"store_{key}": value for key, value in asdict(stats).items()},
             "hit_rate": stats.hit_rate,
@@ -248,7 +256,7 @@ class ShapeBench:
         document, _ = self._read(num_tokens, self._plan.host_kv_bytes)
         self._ask(document, batch)  # captures the graph
         query = self._ask(document, batch)[0]
-        return {**_pace(query.tpot_s, batch), "decode_path": query.decode_path}
+        return {**pace(query.tpot_s, batch), "decode_path": query.decode_path}
 
     def _ask(self, document: Document, batch: int) -> list[Query]:
         """Answers of fixed length to `batch` questions about one document."""
@@ -260,55 +268,20 @@ class ShapeBench:
             document.encoder.parts.store.release(ids)
         return queries
 
-    @torch.no_grad()
-    def _stock_decode(self, num_tokens: int, batch: int) -> dict[str, Any]:
-        backbone, cache = self._lm.backbone, DynamicCache()
-        shape = (batch, backbone.num_kv_heads, num_tokens, backbone.head_dim)
-        for layer in range(backbone.num_layers):
-            keys = torch.randn(shape, dtype=backbone.dtype, device=self._device)
-            cache.update(keys, keys.clone(), layer)
-        return _pace(self._stock_steps(self._model, cache, batch), batch)
-
-    @torch.no_grad()
-    def _stock_decode_compiled(self, num_tokens: int, batch: int) -> dict[str, Any]:
-        """Static cache; compiled with CUDA graphs where there is CUDA."""
-        backbone = self._lm.backbone
-        cache: Any = StaticCache(config=self._model.config, max_cache_len=num_tokens + _STOCK_STEPS + _WARM_UPS + 1)
-        cache.early_initialization(batch, backbone.num_kv_heads, backbone.head_dim, backbone.dtype, self._device)
-        for layer in cache.layers:
-            layer.keys.normal_()
-            layer.values.normal_()
-            layer.cumulative_length.fill_(num_tokens)
-        compiles = self._device.type == "cuda"
-        forward = torch.compile(self._model.forward, mode="reduce-overhead") if compiles else self._model
-        try:
-            figures = _pace(self._stock_steps(forward, cache, batch), batch)
-        finally:
-            torch.compiler.reset()  # also gives the graphs' memory back
-        return {**figures, "compiled": compiles}
-
-    def _stock_steps(self, forward: Any, cache: Any, batch: int) -> float:
-        """Seconds per greedy step over `cache`, after a few untimed ones."""
-        token = torch.zeros(batch, 1, dtype=torch.int64, device=self._device)
-        started = 0.0
-        for step in range(_WARM_UPS + _STOCK_STEPS):
-            if step == _WARM_UPS:
-                started = self._now()
-            torch.compiler.cudagraph_mark_step_begin()
-            logits = forward(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-            token = logits[:, -1].argmax(-1, keepdim=True).clone()
-        return (self._now() - started) / _STOCK_STEPS
+    def _stock_requests(self, num_tokens: int, batch: int) -> dict[str, Any]:
+        """A whole request of the stock model; all lengths are taken at once, which share what is compiled."""
+        if not self._requests:
+            lengths = sorted(n for n in self._plan.lengths if n <= (self._plan.dense_limit or n))
+            prompts = [torch.cat([self._ids(n), self._question]) for n in lengths]
+            found = self._stock.requests(prompts, self._plan.num_generated)
+            self._requests = dict(zip(lengths, found, strict=True))
+        return self._requests[num_tokens]
 
     # --- aids -----------------------------------------------------------------------------------------------
 
     def _ids(self, num_tokens: int, seed: int = 0) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(0, int(self._lm.backbone.config.vocab_size), (num_tokens,), generator=generator)
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
 
     def _clean(self) -> None:
         gc.collect()
@@ -328,12 +301,14 @@ class _ZeroProgram:
         return torch.zeros_like(q.transpose(1, 2))
 
 
+def _small_retriever(lm: RetroLM) -> PageRetriever:
+    """One that takes the time and memory of a trained one."""
+    card = RetrieverCard(lm.backbone.fingerprint(), RETRIEVER_RANK, lm.config.page_size, "untrained")
+    return PageRetriever(lm.backbone.projection_shapes(), lm.untrained_bookmark(), card)
+
+
 def _speed(num_tokens: int, seconds: float) -> dict[str, Any]:
     return {"seconds": seconds, "tokens_per_s": num_tokens / seconds}
-
-
-def _pace(seconds_per_step: float, batch: int) -> dict[str, Any]:
-    return {"s_per_token": seconds_per_step, "tokens_per_s": batch / seconds_per_step}
 
 
 def check_shape(
