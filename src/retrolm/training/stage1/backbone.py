@@ -29,8 +29,9 @@ def load_backbone(recipe: Stage1Recipe) -> RetroLM:
     )
     check_window(recipe, lm)
     lm.detach()
-    config = lm.config.replace(kv_budget=max(recipe.data.max_tokens, train.dev_max_tokens, smallest))
-    return RetroLM(without_head(lm.model), lm.tokenizer, config=config)
+    longest = max(recipe.data.max_tokens, train.dev_max_tokens, smallest)
+    budget = longest if train.encode == "dense" else train.encode_budget
+    return RetroLM(without_head(lm.model), lm.tokenizer, config=lm.config.replace(kv_budget=budget))
 
 
 def without_head(model: Any) -> Any:
@@ -41,11 +42,11 @@ def without_head(model: Any) -> Any:
 
 
 def check_window(recipe: Stage1Recipe, lm: RetroLM) -> None:
-    """Raise `UserError` if the recipe's texts exceed the backbone's window."""
+    """Raise `UserError` if the recipe's texts are to be read whole and exceed the backbone's window."""
     lengths = {"max_tokens": recipe.data.max_tokens, "dev_max_tokens": recipe.train.dev_max_tokens}
     for name, length in lengths.items():
-        if length > lm.backbone.window:
+        if recipe.train.encode == "dense" and length > lm.backbone.window:
             raise UserError(
                 f"{name}={length} exceeds the model's window of {lm.backbone.window} positions, in which training "
-                f"reads whole texts. Set {name} to {lm.backbone.window} at most."
+                f"reads whole texts. Set {name} to {lm.backbone.window} at most, or encode='streaming'."
             )

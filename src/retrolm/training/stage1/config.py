@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...config import check_choices
+from ...errors import UserError
 from ..data.config import Stage1DataConfig, stage1_data_config
 from ..recipe import Recipe, build_table, check_ranges, check_types, read_recipe
 
@@ -33,6 +34,8 @@ class Stage1TrainConfig:
         model: backbone: folder, Hugging Face id or demo name.
         dtype: dtype of the frozen backbone; trained weights are float32 always.
         page_size: tokens per page.
+        encode: how the frozen backbone reads texts (D14): "dense" = whole, within its window; "streaming" = at any
+            length, page by page as the engine does, on `encode_budget` tokens with pages that the retriever chooses.
         rank: rank of the W^b deltas; 0 = full matrices.
         init_from: folder of a retriever of the same backbone and rank to start from; "" = untrained.
         loss: "info_nce" = the paper's contrastive loss (eq 7); "attention_kl" = divergence from the question's true
@@ -65,6 +68,8 @@ class Stage1TrainConfig:
     model: str
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     page_size: int = 128
+    encode: Literal["dense", "streaming"] = "dense"
+    encode_budget: int = 2048
     rank: int = 48
     init_from: str = ""
     loss: Literal["info_nce", "attention_kl", "mixed"] = "info_nce"
@@ -107,6 +112,7 @@ class Stage1TrainConfig:
             self,
             at_least_one=(
                 "page_size",
+                "encode_budget",
                 "num_steps",
                 "tokens_per_batch",
                 "accumulate",
@@ -129,6 +135,8 @@ class Stage1TrainConfig:
             shares=("kl_share", "batch_negatives", "teacher_share", "ema", "warmup", "final_lr"),
             positive=("max_grad_norm",),
         )
+        if self.encode == "streaming" and self.loss != "info_nce":
+            raise UserError(f"loss={self.loss!r} needs attention over the whole text. Use encode='dense' with it.")
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def held_out_recall(
     """Measure each step's retriever (its running mean, where it has one) on the same batches of held-out samples.
 
     Args:
-        steps: on one backbone, which reads each batch once. data: of the split "dev".
+        steps: on one backbone, which reads each batch once if dense. data: of the split "dev".
         total: sums counts over processes.
 
     Returns:
@@ -69,7 +69,7 @@ def held_out_recall(
     for indices in batches:
         batch = collate([data[index] for index in indices]).to(device)
         of_text = torch.tensor([kinds.index(kind_of(source)) for source in batch.sources], device=device)
-        frozen = steps[0].read(batch)
+        frozen = steps[0].read(batch) if steps[0].reads_alike else None
         for step, found in zip(steps, counts, strict=True):
             step.eval()
             found.index_add_(0, of_text[batch.sequence_N], _each(step(batch, frozen)))

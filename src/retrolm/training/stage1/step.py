@@ -16,6 +16,7 @@ from ...engine.bookmark_stream import batch_scores, bookmark_stream, layer_score
 from ...engine.dense_pass import DenseStates, dense_pass
 from ...engine.model import RetroLM
 from ...engine.page_attention import PageAttention
+from ...engine.streaming_states import streaming_states
 from ...retriever import PageRetriever
 from .batches import Stage1Batch
 from .config import Stage1TrainConfig
@@ -96,6 +97,16 @@ class Stage1Step(nn.Module):
         self.average.card = self.retriever.card
         return self.average
 
+    @property
+    def scoring(self) -> PageRetriever:
+        """What scores at the moment: the trained retriever, or in evaluation mode what is kept of it."""
+        return self.retriever if self.training else self.kept
+
+    @property
+    def reads_alike(self) -> bool:
+        """Whether the backbone's pass is the same whatever the retriever, so that it can be made ahead or shared."""
+        return self._train_config.encode == "dense"
+
     @torch.no_grad()
     def follow(self, step: int) -> None:
         """Move the running mean after step number `step` (from 0); it moves fast at first and so forgets the start."""
@@ -110,6 +121,8 @@ class Stage1Step(nn.Module):
 
     def read(self, batch: Stage1Batch) -> FrozenPass:
         """The backbone's pass over the texts and questions; nothing in it is trained."""
+        if not self.reads_alike:
+            return FrozenPass(streaming_states(self._lm, self.scoring, batch.pages), None)
         backbone, attention = self._lm.backbone, None
         if self._train_config.loss != "info_nce":
             attention = PageAttention(backbone, batch.pages, self.layers)
@@ -119,7 +132,7 @@ class Stage1Step(nn.Module):
 
     def scores(self, batch: Stage1Batch, frozen: FrozenPass) -> PageScores:
         """Page scores of every question."""
-        lm, retriever = self._lm, self.retriever if self.training else self.kept
+        lm, retriever = self._lm, self.scoring
         states = bookmark_stream(
             lm.backbone, lm.attachment, retriever, retriever.embedding, batch.pages, frozen.states, lm.config
         )

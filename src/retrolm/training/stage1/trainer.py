@@ -253,6 +253,7 @@ class Stage1Trainer(TrainingLoop[ReadBatch]):
 
     def reading(self, batches: Iterator[Stage1Batch], ahead: bool | None = None) -> ReadAhead:
         """Batches read by the backbone; see `ReadAhead`. `run` stops what it began."""
+        ahead = ahead if self.step_module.reads_alike else False
         self._reading = ReadAhead(batches, self.step_module.read, self.lm.device, ahead)
         return self._reading
 
