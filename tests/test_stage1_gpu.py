@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from retrolm.config import RetroConfig
+from retrolm.engine.dense_pass import dense_pass
 from retrolm.engine.model import RetroLM
+from retrolm.engine.streaming_states import streaming_states
 from retrolm.ops.attention import attend_reference
 from retrolm.ops.attention_lse import attend_lse, gives_lse
+from retrolm.training.stage1.batches import Stage1Batch
 from retrolm.training.stage1.speed import training_speed
 from retrolm.training.stage1.step import Stage1Step
 from stage1_run_maker import W, tiny_batch, tiny_recipe, tiny_trainer
@@ -33,23 +37,34 @@ def backbone(name: str, dtype: torch.dtype, device: torch.device) -> RetroLM:
     return RetroLM(model, tiny_tokenizer(), config=RetroConfig(kv_budget=3 * W, page_size=W))
 
 
-def scores_and_gradients(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+def rivals_of(batch: Stage1Batch) -> Tensor:
+    """All pages of other texts, bool [N, B * P]."""
+    there = (batch.pages.text_lengths > 0).repeat(len(batch.sequence_N), 1, 1)
+    there[torch.arange(len(there), device=there.device), batch.sequence_N] = False
+    return there.flatten(1)
+
+
+def scores_and_gradients(
+    name: str, dtype: torch.dtype, device: torch.device, **levers: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Centred page scores of three texts with four questions each, and the gradients of the loss."""
-    lm, recipe = backbone(name, dtype, device), tiny_recipe()
+    lm, recipe = backbone(name, dtype, device), tiny_recipe(**levers)
     step = Stage1Step(lm, random_retriever(lm, 0), recipe.train).to(device)
     batch = tiny_batch(recipe, num_further=3).to(device)
+    batch.rival_NM = rivals_of(batch) if recipe.train.batch_negatives else None
     frozen = step.read(batch)
-    scores = step.scores(batch, frozen)
-    step.judge(batch, scores, frozen).loss.backward()
-    scores = scores.detach().double().cpu()
+    found = step.scores(batch, frozen)
+    step.judge(batch, found, frozen).loss.backward()
+    scores = found.own_LKNP.detach().double().cpu()
     gradients = {key: p.grad.double().cpu() for key, p in step.named_parameters() if p.grad is not None}
     return scores - scores.mean(-1, keepdim=True), gradients
 
 
 @pytest.mark.parametrize("name", ["qwen2", "llama", "qwen3", "phi3", "gemma2", "mistral-sliding"])
 def test_float32_is_that_of_the_cpu(name: str) -> None:
-    expected = scores_and_gradients(name, torch.float32, torch.device("cpu"))
-    found = scores_and_gradients(name, torch.float32, DEVICE)
+    levers = {"batch_negatives": 0.5, "teacher_share": 0.2}
+    expected = scores_and_gradients(name, torch.float32, torch.device("cpu"), **levers)
+    found = scores_and_gradients(name, torch.float32, DEVICE, **levers)
     assert (found[0] - expected[0]).abs().max() < 1e-3 * expected[0].abs().max()
     for key, value in expected[1].items():
         assert float((found[1][key] - value).norm()) < 1e-2 * float(value.norm().clamp(min=1e-6)), key
@@ -82,8 +97,11 @@ def test_attention_with_its_log_sum_exp(causal: bool) -> None:
 @pytest.mark.parametrize("name", ["qwen2", "llama", "qwen3"])
 def test_a_step_never_waits_for_the_device(name: str, tmp_path: Path) -> None:
     """PyTorch itself raises on anything that would."""
-    trainer = tiny_trainer(tmp_path, backbone(name, torch.bfloat16, DEVICE), dtype="bfloat16", accumulate=1)
-    batch = tiny_batch(trainer.recipe, num_further=3).pin_memory()
+    levers: dict[str, Any] = {"batch_negatives": 1.0, "teacher_share": 0.1, "ema": 0.9}
+    trainer = tiny_trainer(tmp_path, backbone(name, torch.bfloat16, DEVICE), dtype="bfloat16", accumulate=1, **levers)
+    batch = tiny_batch(trainer.recipe, num_further=3)
+    batch.rival_NM = rivals_of(batch)
+    batch = batch.pin_memory()
     batches = trainer.reading(iter([batch] * 4))
     trainer.update(batches, more=True)
     torch.cuda.synchronize()
@@ -108,6 +126,20 @@ def test_reading_ahead_changes_no_weight(tmp_path: Path) -> None:
         batches.stop()
         found.append(torch.cat([p.detach().flatten() for p in trainer.step_module.parameters()]))
     assert torch.allclose(*found, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama", "phi3"])
+def test_texts_read_page_by_page_are_those_of_a_dense_pass(name: str) -> None:
+    """On a budget that holds them; the batch's texts have several questions each."""
+    lm = backbone(name, torch.float32, DEVICE)
+    lm.config = lm.config.replace(kv_budget=1024)
+    batch = tiny_batch(tiny_recipe(), num_further=3).to(DEVICE).pages
+    found = streaming_states(lm, random_retriever(lm, 0).to(DEVICE), batch)
+    wanted = dense_pass(lm.backbone, lm.attachment, batch)
+    assert batch.sizes.text_end is not None
+    for own, other in zip((*found.keys, *found.values), (*wanted.keys, *wanted.values), strict=True):
+        end = batch.sizes.text_end
+        assert (own[:, :end] - other[:, :end]).abs().max() < 1e-3 * other[:, :end].abs().max()
 
 
 def test_a_run_and_its_speed(tmp_path: Path) -> None:
