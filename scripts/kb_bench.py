@@ -24,8 +24,11 @@ from typing import Any
 
 from retrolm import KnowledgeBase, RetroLM
 from retrolm.engine.memory import PeakMemory
+from retrolm.engine.plan import look_around, plan
+from retrolm.engine.preflight import count_tokens
 from retrolm.engine.provenance import provenance
 from retrolm.knowledge_base.manifest import PAGES_FILE
+from retrolm.knowledge_base.plan import plan_asking
 from retrolm.knowledge_base.synthesise import add_repeated
 
 QUESTION = "What is this text about?"
@@ -94,33 +97,39 @@ def cold(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def million(options: argparse.Namespace) -> dict[str, Any]:
-    """Opening and asking a base far larger than memory."""
+    """Opening and asking a base far larger than memory, and what was expected of it."""
+    before = look_around()
     base, written_s = _large_base(options)
     lm = base.lm
     base.close()
     started = time.perf_counter()
     base = KnowledgeBase.open(options.folder / "base", lm)
     open_s = time.perf_counter() - started
+    found = plan_asking(base, QUESTION, before)
     asked = []
     for number in range(options.repeats):
         with PeakMemory() as memory:
             started = time.perf_counter()
-            found = base.ask(f"{QUESTION} ({number})", max_new_tokens=8)
+            answer = base.ask(f"{QUESTION} ({number})", max_new_tokens=8)
             seconds = time.perf_counter() - started
         grown = memory.host_peak_bytes - memory.host_start_bytes
-        asked.append({"ask_s": seconds, "ttft_s": found.answer.timings.ttft_s, "host_bytes_grown": grown,
-                      "page_bytes_read": found.page_bytes_read})  # fmt: skip
+        asked.append({"ask_s": seconds, "ttft_s": answer.answer.timings.ttft_s, "host_bytes_grown": grown,
+                      "host_peak_bytes": memory.host_peak_bytes,
+                      "page_bytes_read": answer.page_bytes_read})  # fmt: skip
     entry = base.documents[0]
     return {"num_tokens": entry.num_tokens, "base_bytes": entry.num_bytes, "written_s": written_s, "open_s": open_s,
-            "asked": asked}  # fmt: skip
+            "asked": asked, "planned_host_bytes": found.host_bytes}  # fmt: skip
 
 
 def spill(options: argparse.Namespace) -> dict[str, Any]:
-    """Reading a text into a base with a cap on host memory."""
+    """Reading a text into a base with a cap on host memory, and what was expected of it."""
+    before = look_around()
     base = _new_base(options)
     text = _text_of(base.lm, options, options.tokens)
+    base.lm.use_disk_tier(base.folder, int(options.host_kv_gb * 1e9))
+    expected = plan(base.lm, count_tokens(base.lm, text), QUESTION, before)
     with PeakMemory() as memory:
-        (added,) = base.add(text, name="text", host_kv_bytes=int(options.host_kv_gb * 1e9))
+        (added,) = base.add(text, name="text")
     entry = added.document
     return {
         "num_tokens": entry.num_tokens,
@@ -128,6 +137,9 @@ def spill(options: argparse.Namespace) -> dict[str, Any]:
         "host_kv_bytes": int(options.host_kv_gb * 1e9),
         "page_bytes": entry.files[PAGES_FILE].bytes,
         "host_bytes_grown": memory.host_peak_bytes - memory.host_start_bytes,
+        "host_peak_bytes": memory.host_peak_bytes,
+        "planned_host_bytes": expected.host_bytes,
+        "planned_bytes_grown": expected.host_bytes - memory.host_start_bytes,
         "answer": base.ask(QUESTION, max_new_tokens=8).text,
         "sound": base.verify().sound,
     }

@@ -26,6 +26,8 @@ EXACT = ("num_tokens", "num_pages", "model", "method", "retriever", "kv_budget",
         ["--chunk-pages", "3"],
         ["--page-size", "7"],
         ["--device-kv-gb", "0.001"],
+        ["--host-kv-gb", "0.001"],
+        ["--host-kv-gb", "0.001", "--set", "store_bits=8"],
         ["--set", "prefix_page=false"],
         ["--set", "store_dtype=bfloat16"],
         ["--method", "mean_key", "--kv-budget", "600"],
@@ -36,7 +38,9 @@ def test_sizes_are_exactly_those_of_the_run(desk: Desk, more: list[str]) -> None
     asked = run_cli("ask", desk.text, "Who?", *desk.options, *more, "--json").json
     assert planned.code == 0
     assert {key: planned.json[key] for key in EXACT} == {key: asked[key] for key in EXACT}
-    assert all(planned.json["kv_bytes"][place] == asked["kv_bytes"][place] for place in ("device", "host"))
+    expected, taken = planned.json["kv_bytes"], asked["kv_bytes"]
+    assert all(expected[place] == taken[place] for place in ("device", "host"))
+    assert expected["disk"] <= taken["disk"] <= 1.5 * expected["disk"]  # the question's page, and whole blocks
 
 
 def test_plan_shows_tokens_pages_time_and_memory(desk: Desk) -> None:
@@ -45,6 +49,13 @@ def test_plan_shows_tokens_pages_time_and_memory(desk: Desk) -> None:
     assert outcome.code == 0
     for row in ("tokens", "weights", "store", "working", "peak", "reading", "answering", "tokens/s"):
         assert row in words
+
+
+@pytest.mark.parametrize("command", [["plan"], ["ask", "Who?"]])
+def test_a_cap_on_host_memory_that_holds_too_little_is_refused(desk: Desk, command: list[str]) -> None:
+    words = [command[0], str(desk.text), *command[1:], *desk.options, "--host-kv-gb"]
+    run_cli(*words, "0.000001").refused_in_one_line("host_kv_bytes=1000 holds 0 pages")
+    run_cli(*words, "-1").refused_in_one_line("--host-kv-gb must be a positive number of GB")
 
 
 def test_plan_reads_nothing(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,28 +80,29 @@ class Grown(NamedTuple):
     measured: int
 
 
-@pytest.mark.parametrize("capped", [False, True])
-def test_memory_is_within_a_fifth_of_what_reading_takes(tmp_path: Path, capped: bool) -> None:
+@pytest.mark.parametrize("caps", [{}, {"device": 100_000_000}, {"host": 60_000_000}], ids=str)
+def test_memory_is_within_a_fifth_of_what_reading_takes(tmp_path: Path, caps: dict[str, int]) -> None:
     """In a process of its own, with a model whose pages are large: 32 KiB per token, most of it in the store."""
     model = save_tiny_model(tmp_path / "model", num_hidden_layers=4, head_dim=128, num_key_value_heads=4)
     text = write_story(tmp_path / "text.txt", repeats=70)
-    device_bytes = 100_000_000 if capped else None
     done = subprocess.run(
-        [sys.executable, __file__, str(model), str(text), json.dumps(device_bytes)],
+        [sys.executable, __file__, str(model), str(text), json.dumps(caps)],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
     grown = Grown(*json.loads(done.stdout))
-    assert grown.planned > 100_000_000
+    assert grown.planned > 90_000_000
     assert grown.measured == pytest.approx(grown.planned, rel=0.2)
 
 
-def _grown(model: str, text: Path, device_kv_bytes: int | None) -> Grown:
+def _grown(model: str, text: Path, caps: dict[str, int]) -> Grown:
     before = planning.look_around()
-    options: dict[str, Any] = {"kv_budget": 256, "page_size": 32, "device_kv_bytes": device_kv_bytes}
+    options: dict[str, Any] = {"kv_budget": 256, "page_size": 32, "device_kv_bytes": caps.get("device")}
     lm = RetroLM.from_pretrained(model, **options)
+    if "host" in caps:
+        lm.use_disk_tier(text.parent, caps["host"])
     assert lm.format is not None
     found = planning.plan(lm, len(lm.format.encode(text.read_text(encoding="utf-8"))), "Who?", before)
     with PeakMemory() as memory:

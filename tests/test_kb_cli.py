@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,25 @@ def test_create_add_ask(base: Path, desk: Desk) -> None:
         assert page["text"] == text[page["start_char"] : page["end_char"]]
         assert page["metadata"] == {"year": 1910, "author": "Jane"} and page["source"] == str(desk.text)
         assert page["layers"]
+
+
+def test_plan_says_what_asking_takes(base: Path, desk: Desk) -> None:
+    run_cli("kb", "add", base, desk.text)
+    found = run_cli("kb", "plan", base, "--json").json
+    entry = read_manifest(base).documents[0]
+    assert (found["num_tokens"], found["num_pages"]) == (entry.num_tokens, entry.num_pages)
+    assert found["kv_bytes"] == {"device": 0, "host": 0, "disk": entry.files[PAGES_FILE].bytes} and found["fits"]
+    shown = run_cli("kb", "plan", base).out
+    assert "memory peak" in shown and "reading anew" in shown
+
+
+def test_a_file_whose_name_is_no_unicode_is_kept_and_shown(base: Path, tmp_path: Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9\x1b[2J.txt")
+    Path(path).write_text(STORY)
+    added = run_cli("kb", "add", base, path)
+    assert added.code == 0 and "caf\ufffd\ufffd[2J.txt: added" in added.out, added.err
+    listed = run_cli("kb", "list", base).out
+    assert "\x1b" not in added.out + listed and "[2J.txt" in listed.replace("\n", "")
 
 
 def test_ask_prints_the_answer_alone(base: Path, desk: Desk) -> None:

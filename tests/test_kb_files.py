@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -14,6 +16,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +31,7 @@ from retrolm.knowledge_base.archive import export_base, import_base
 from retrolm.knowledge_base.check import check_base
 from retrolm.knowledge_base.container import read_header
 from retrolm.knowledge_base.copying import open_index, open_pages
+from retrolm.knowledge_base.durable import open_regular
 from retrolm.knowledge_base.faults import BusyBaseError, DamagedBaseError, MismatchError
 from retrolm.knowledge_base.folder import Snapshot, create_folder
 from retrolm.knowledge_base.manifest import (
@@ -39,6 +43,7 @@ from retrolm.knowledge_base.manifest import (
     parse,
     read_manifest,
     render,
+    require_fields,
 )
 from retrolm.knowledge_base.writer import Writer
 
@@ -209,6 +214,89 @@ def test_links_are_not_followed(base: Path, tmp_path: Path, part: str) -> None:
     place.rename(tmp_path / "elsewhere")
     place.symlink_to(tmp_path / "elsewhere")
     assert not check_base(base).sound
+
+
+@pytest.mark.parametrize("name", ["writer.lock", "documents", "readers"])
+def test_a_writer_follows_no_link_out_of_the_base(base: Path, tmp_path: Path, name: str) -> None:
+    outside = tmp_path / "outside"
+    if name == "writer.lock":
+        outside.write_text("precious")
+        (base / name).unlink(missing_ok=True)
+    else:
+        (base / name).rename(outside)
+    before = sorted(outside.iterdir()) if outside.is_dir() else outside.read_text()
+    (base / name).symlink_to(outside)
+    with pytest.raises(DamagedBaseError, match="symbolic link"):
+        Writer(base)
+    check_base(base)
+    assert (sorted(outside.iterdir()) if outside.is_dir() else outside.read_text()) == before
+
+
+def test_a_reader_makes_no_lock_behind_a_link(base: Path, tmp_path: Path) -> None:
+    generation = read_manifest(base).generation
+    (base / "readers" / str(generation)).unlink(missing_ok=True)
+    (base / "readers" / str(generation)).symlink_to(tmp_path / "made")
+    assert check_base(base).sound and not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("name", [MANIFEST_FILE, TEXT_FILE, INDEX_FILE, PAGES_FILE])
+def test_a_pipe_in_place_of_a_file_is_refused_at_once(base: Path, name: str) -> None:
+    """Opening one to read waits for someone who writes."""
+    path = base / name if name == MANIFEST_FILE else file_of(base, name)
+    path.unlink()
+    os.mkfifo(path)
+    assert not check_base(base).sound
+    with pytest.raises(DamagedBaseError, match="no plain file"), open_regular(path, "it"):
+        pass
+
+
+def test_a_missing_documents_folder_is_told(base: Path) -> None:
+    shutil.rmtree(base / "documents")
+    assert [problem.document for problem in check_base(base).problems] == ["one", "two"]
+
+
+def test_gc_leaves_what_is_no_folder(base: Path) -> None:
+    stray, folder = (base / "documents" / f"0123456789ab-0000000{n}" for n in (0, 1))
+    stray.write_text("mine")
+    folder.mkdir()
+    (folder / "link").symlink_to("/nowhere")
+    with Writer(base) as change:
+        assert change.collect().num_deleted == 1
+    assert stray.exists() and not folder.exists()
+
+
+def test_an_export_of_a_damaged_base_is_refused(base: Path, tmp_path: Path) -> None:
+    file_of(base, TEXT_FILE).write_text("short")
+    with pytest.raises(DamagedBaseError, match="5 bytes instead of"):
+        export_base(base, tmp_path / "out.tar")
+    assert not list(tmp_path.glob("*out.tar*"))
+
+
+def nested(depth: int) -> list[Any]:
+    found: list[Any] = []
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
+@pytest.mark.parametrize("fields", [{"name": "\ud800"}, {"metadata": {"x": nested(800)}}], ids=["surrogate", "deep"])
+def test_manifests_that_could_not_have_been_written_are_refused(base: Path, fields: dict[str, Any]) -> None:
+    head = json.loads((base / MANIFEST_FILE).read_text())
+    head["content"]["documents"][0].update(fields)
+    text = json.dumps(head["content"], ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    head["sha256"] = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    data = (json.dumps(head, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+    with pytest.raises(DamagedBaseError):
+        parse(data, "manifest")
+
+
+@pytest.mark.parametrize(
+    "metadata", [{1: "x"}, {"x": float("nan")}, {"x": (1, 2)}, {"x": b"y"}, {"x": "\udcff"}, {"x": nested(5000)}]
+)
+def test_metadata_that_would_not_come_back_is_refused(metadata: dict[Any, Any]) -> None:
+    with pytest.raises(UserError, match="can't be kept"):
+        require_fields("name", metadata)
+    require_fields("naïve", {"x": [1, 2.5, None, {"y": "ü"}]})
 
 
 # --- readers, one writer -------------------------------------------------------------------------------------------

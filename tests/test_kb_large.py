@@ -16,7 +16,7 @@ from retrolm.engine.model import RetroLM
 from retrolm.knowledge_base.base import KnowledgeBase
 from retrolm.knowledge_base.check import check_base
 from retrolm.knowledge_base.folder import Snapshot
-from retrolm.knowledge_base.manifest import PAGES_FILE
+from retrolm.knowledge_base.manifest import INDEX_FILE, PAGES_FILE, TEXT_FILE
 from retrolm.knowledge_base.synthesise import add_repeated
 from tiny_folder import save_tiny_model
 from tiny_tokenizer import STORY
@@ -116,3 +116,30 @@ def test_weights_are_named_for_reading_ahead(desk: Desk, tmp_path: Path) -> None
     base = KnowledgeBase.create(tmp_path / "base", desk.model, kv_budget=96, page_size=16)
     assert read_ahead(base.manifest.setup["weights_folder"]) == 1
     assert read_ahead(str(tmp_path / "nowhere")) == 0 == read_ahead("")
+
+
+GROWN = """
+import sys
+from retrolm import KnowledgeBase
+from retrolm.engine.memory import PeakMemory
+from retrolm.engine.plan import look_around
+from retrolm.knowledge_base.plan import plan_asking
+
+before = look_around()
+base = KnowledgeBase.open(sys.argv[1])
+expected = plan_asking(base, sys.argv[2], before)
+with PeakMemory() as memory:
+    base.ask(sys.argv[2], max_new_tokens=4)
+grown = [peak - before.program_bytes for peak in (expected.host_bytes, memory.host_peak_bytes)]
+print(*grown, expected.index_bytes, expected.kv_bytes.disk)
+"""
+
+
+def test_asking_takes_the_memory_that_was_planned(large: tuple[Path, Path]) -> None:
+    """In a process of its own."""
+    command = [sys.executable, "-c", GROWN, str(large[0]), QUESTION]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    planned, measured, index, pages = map(int, done.stdout.split())
+    files = Snapshot(large[0]).manifest.documents[0].files
+    assert index == files[INDEX_FILE].bytes + files[TEXT_FILE].bytes and pages == files[PAGES_FILE].bytes
+    assert measured == pytest.approx(planned, rel=0.2)

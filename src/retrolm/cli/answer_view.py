@@ -72,7 +72,8 @@ def cost_line(answer: Answer) -> str:
         + _dense(attended),
         f"first token {seconds(answer.timings.ttft_s)}",
         f"{speed(answer)} tokens/s",
-        f"KV {size(kv['device'])} device, {size(kv['host'])} host",
+        f"KV {size(kv['device'])} device, {size(kv['host'])} host"
+        + (f", {size(kv['disk'])} disk" if kv["disk"] else ""),
     ]
     return " · ".join(parts)
 

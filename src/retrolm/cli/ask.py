@@ -9,7 +9,7 @@ import typer
 from ..errors import UserError
 from .answer_view import answer_json, show_details, show_opening
 from .loading import check_questions, load_engine, read_document, read_source, source_name
-from .options import EngineOptions, JsonFlag, SourceArgument, with_engine_options
+from .options import EngineOptions, HostCapOption, JsonFlag, SourceArgument, with_engine_options
 from .screen import note, print_json, waiting
 
 
@@ -19,6 +19,7 @@ def command(
     file: SourceArgument,
     questions: Annotated[list[str], typer.Argument(metavar="QUESTION", help="One question, or several.")],
     pages: Annotated[int, typer.Option(help="How many of the pages an answer came from to show.", min=0)] = 5,
+    host_kv_gb: HostCapOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Read a text and answer questions about it.
@@ -29,7 +30,7 @@ def command(
     if not all(question.strip() for question in questions):
         raise UserError("A question is empty. Put each question in quotes: retrolm ask FILE 'What …?'")
     text = read_source(file)
-    lm = load_engine(engine)
+    lm = load_engine(engine, host_kv_gb)
     check_questions(lm, text, questions)
     document = read_document(lm, text, source_name(file))
     if not as_json:

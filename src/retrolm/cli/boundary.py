@@ -98,6 +98,9 @@ def _explain(error: BaseException) -> int:
         error_line(str(error))
         return error.exit_code
     hint = "" if _debug else f" (run again with {DEBUG_FLAG} for the traceback)"
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        error_line(f"{error.filename}: {error.strerror}{hint}.")
+        return 2
     error_line(f"{type(error).__name__}: {error}{hint}")
     return 1
 

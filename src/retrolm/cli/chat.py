@@ -13,7 +13,7 @@ from rich.text import Text
 from ..errors import UserError
 from .answer_view import answer_json, show_details, show_opening
 from .loading import load_engine, read_document, read_source, refuse_stdin, require_pages, source_name
-from .options import EngineOptions, JsonFlag, with_engine_options
+from .options import EngineOptions, HostCapOption, JsonFlag, with_engine_options
 from .screen import ERR, error_line, note
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def command(
     engine: EngineOptions,
     file: Annotated[str, typer.Argument(metavar="FILE", help="Text to read (.txt, .md, .html, .pdf).")],
     pages: Annotated[int, typer.Option(help="How many of the pages an answer came from to show.", min=0)] = 3,
+    host_kv_gb: HostCapOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Talk about a text: each line is a question, and earlier turns are remembered.
@@ -38,7 +39,7 @@ def command(
     refuse_stdin(file, "chat")
     require_pages(engine, "chat")
     text = read_source(file)
-    lm = load_engine(engine)
+    lm = load_engine(engine, host_kv_gb)
     document = read_document(lm, text, source_name(file))
     if not as_json:
         show_opening(document, engine.model)

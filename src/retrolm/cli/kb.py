@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from . import kb_content, kb_files, kb_questions, kb_report
+from . import kb_content, kb_files, kb_plan, kb_questions, kb_report
 
 command = typer.Typer(help="Knowledge bases: texts read once, kept on disk, asked in any later process.")
 
@@ -20,6 +20,7 @@ command.command("ask")(kb_questions.ask)
 command.command("query")(kb_questions.query)
 command.command("list")(kb_report.list_documents)
 command.command("info")(kb_report.info)
+command.command("plan")(kb_plan.plan)
 command.command("remove")(kb_content.remove)
 command.command("merge")(kb_content.merge)
 command.command("gc")(kb_content.gc)

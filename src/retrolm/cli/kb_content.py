@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
-from .kb_options import BaseArgument, ModelOption, WaitOption, WhereOption, parse_metadata, whole_bytes
+from .kb_options import BaseArgument, ModelOption, WaitOption, WhereOption, parse_metadata
 from .loading import require_pages
-from .options import EngineOptions, JsonFlag, with_engine_options
-from .screen import count, error_line, note, print_json, progress_bar, seconds, size, snippet, waiting
+from .options import EngineOptions, JsonFlag, whole_bytes, with_engine_options
+from .screen import count, error_line, note, plain, print_json, progress_bar, seconds, size, snippet, waiting
 
 if TYPE_CHECKING:
     from ..knowledge_base.base import Added, KnowledgeBase
@@ -65,16 +65,16 @@ def add(
 ) -> int:  # fmt: skip
     """Read texts into a base. A text that is there already is left out; an edited one is read from its first changed
     page on. Exits with 1 if some of several files could not be read."""
-    metadata, cap = parse_metadata(meta), whole_bytes(host_kv_gb)
+    metadata, cap = parse_metadata(meta), whole_bytes("--host-kv-gb", host_kv_gb)
     failed: list[str] = []
     found: list[Source] = list(_sources(sources, name, failed))
-    opened = _open_with_engine(base, model)
+    opened = open_with_engine(base, model)
     added = []
     for source in found:
         with progress_bar(f"Reading {snippet(source.name, 40)}") as progress:
             added += opened.add(source, metadata=metadata, progress=progress, wait_s=wait_s, host_kv_bytes=cap)
         if not as_json:
-            print(_added_line(added[-1]), flush=True)
+            print(plain(_added_line(added[-1])), flush=True)
     if as_json:
         print_json({"added": [_added_json(one) for one in added], "failed": failed})
     return 1 if failed else 0
@@ -95,7 +95,7 @@ def remove(
         print_json({"removed": [entry.name for entry in gone], "bytes": sum(entry.num_bytes for entry in gone)})
         return
     for entry in gone:
-        print(f"removed {entry.name}")
+        print(plain(f"removed {entry.name}"))
     note(f"{size(sum(entry.num_bytes for entry in gone))} to be freed by: retrolm kb gc {base}")
 
 
@@ -114,7 +114,7 @@ def merge(
         print_json({"added": [entry.name for entry in added]})
         return
     for entry in added:
-        print(f"added {entry.name}")
+        print(plain(f"added {entry.name}"))
     note(f"{count(len(added))} documents copied; equal texts are left out.")
 
 
@@ -131,7 +131,8 @@ def gc(base: BaseArgument, wait_s: WaitOption = 0.0, as_json: JsonFlag = False) 
         note(f"{count(found.num_held)} removed documents wait for a reader that still has an older version open.")
 
 
-def _open_with_engine(base: str, model: str | None) -> KnowledgeBase:
+def open_with_engine(base: str, model: str | None) -> KnowledgeBase:
+    """Open a base and load its engine, which compares fingerprints."""
     from ..engine.quiet import silence_libraries
     from ..knowledge_base.base import KnowledgeBase
 

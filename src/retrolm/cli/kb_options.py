@@ -41,15 +41,6 @@ def parse_metadata(pairs: Sequence[str] | None) -> dict[str, Any]:
     return found
 
 
-def whole_bytes(gigabytes: float | None) -> int | None:
-    """Bytes of --host-kv-gb; raises `UserError` unless it is a positive number."""
-    if gigabytes is None:
-        return None
-    if not (math.isfinite(gigabytes) and gigabytes > 0):
-        raise UserError(f"--host-kv-gb must be a positive number of GB, got {gigabytes}.")
-    return int(gigabytes * 1e9)
-
-
 def _value(text: str) -> Any:
     try:
         found = json.loads(text)

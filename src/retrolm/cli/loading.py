@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from .known_methods import known_methods
-from .options import EngineOptions
+from .options import EngineOptions, whole_bytes
 from .screen import progress_bar, snippet, waiting
 
 if TYPE_CHECKING:
@@ -27,9 +28,16 @@ def source_name(source: str) -> str:
     return "standard input" if source == "-" else snippet(source, 40)
 
 
-def load_engine(options: EngineOptions) -> RetroLM:
-    """Load the model and attach; raises `UserError` for unknown names and values."""
+def load_engine(options: EngineOptions, host_kv_gb: float | None = None) -> RetroLM:
+    """Load the model and attach; raises `UserError` for unknown names and values.
+
+    Args:
+        host_kv_gb: cap on KV in host memory; None = all that isn't on the device stays there.
+    """
     options.check()
+    cap = whole_bytes("--host-kv-gb", host_kv_gb)
+    if cap is not None:
+        require_pages(options, "ask --host-kv-gb")
     with waiting(f"Loading {snippet(options.model, 60)} …"):
         from ..engine.model import RetroLM
         from ..engine.quiet import silence_libraries
@@ -37,7 +45,7 @@ def load_engine(options: EngineOptions) -> RetroLM:
         silence_libraries()
         known_methods()
         retriever = None if options.retriever == "none" else options.retriever
-        return RetroLM.from_pretrained(
+        lm = RetroLM.from_pretrained(
             options.model,
             retriever=retriever,
             adapter=None if options.adapter == "none" else options.adapter,
@@ -46,6 +54,9 @@ def load_engine(options: EngineOptions) -> RetroLM:
             dtype=options.dtype,
             **asdict(options.config()),
         )
+    if cap is not None:
+        lm.use_disk_tier(tempfile.gettempdir(), cap)
+    return lm
 
 
 def require_pages(options: EngineOptions, command: str) -> None:

@@ -18,6 +18,7 @@ from .settings import parse_settings
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+_PANEL = "Model and KV budget"
 _DEFAULTS = RetroConfig()
 _OWN_OPTIONS = {
     "kv_budget": "--kv-budget",
@@ -25,11 +26,15 @@ _OWN_OPTIONS = {
     "chunk_pages": "--chunk-pages",
     "device_kv_bytes": "--device-kv-gb",
 }
-_PANEL = "Model and KV budget"
 
 SourceArgument = Annotated[
     str, typer.Argument(metavar="FILE", help="Text to read (.txt, .md, .html, .pdf), or - for standard input.")
 ]
+HostCapOption = Annotated[
+    float | None,
+    typer.Option("--host-kv-gb", help="Cap on KV in host memory, in GB; the rest goes to a file in the folder for "
+                 "temporary files ($TMPDIR).", show_default="none", rich_help_panel=_PANEL),
+]  # fmt: skip
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
 
 
@@ -70,7 +75,7 @@ class EngineOptions:
             if key in further:
                 raise UserError(f"{key} has an option of its own. Use {option} instead of --set {key}=…")
         named = {"kv_budget": self.kv_budget, "page_size": self.page_size, "chunk_pages": self.chunk_pages}
-        cap = None if self.device_kv_gb is None else _whole_bytes(self.device_kv_gb)
+        cap = whole_bytes("--device-kv-gb", self.device_kv_gb)
         return RetroConfig.from_options({**named, "device_kv_bytes": cap, **further})
 
     def method_options(self) -> dict[str, Any]:
@@ -91,9 +96,12 @@ class EngineOptions:
             raise UserError(f"--max-new-tokens must be at least 1, got {self.max_new_tokens}.")
 
 
-def _whole_bytes(gigabytes: float) -> int:
+def whole_bytes(option: str, gigabytes: float | None) -> int | None:
+    """Bytes of an option in GB, None without it; raises `UserError` unless it is a positive number."""
+    if gigabytes is None:
+        return None
     if not 0 < gigabytes < 1e6:  # refuses nan and infinity as well
-        raise UserError(f"--device-kv-gb must be a positive number of GB, got {gigabytes}.")
+        raise UserError(f"{option} must be a positive number of GB, got {gigabytes}.")
     return int(gigabytes * 1e9)
 
 

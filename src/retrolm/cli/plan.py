@@ -6,12 +6,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from .loading import load_engine, read_source, require_pages, source_name
-from .options import EngineOptions, JsonFlag, SourceArgument, with_engine_options
+from .options import EngineOptions, HostCapOption, JsonFlag, SourceArgument, with_engine_options
 from .screen import OUT, count, print_json, seconds, show_table, size, waiting
 
 if TYPE_CHECKING:
     from ..engine.model import RetroLM
     from ..engine.plan import Plan
+    from ..store.layout import StoreBytes
 
 QUESTION = "What is this text about?"
 
@@ -20,6 +21,7 @@ QUESTION = "What is this text about?"
 def command(
     engine: EngineOptions,
     file: SourceArgument,
+    host_kv_gb: HostCapOption = None,
     as_json: JsonFlag = False,
 ) -> int:
     """Say what reading a text will take: tokens, pages, memory, time. The text is counted, not read.
@@ -34,21 +36,21 @@ def command(
     from ..engine.preflight import check_questions, count_tokens
 
     before = look_around()
-    lm = load_engine(engine)
+    lm = load_engine(engine, host_kv_gb)
     num_tokens = count_tokens(lm, text)
     check_questions(lm, num_tokens, [QUESTION])
     with waiting("Measuring one chunk …"):
         expected = plan(lm, num_tokens, QUESTION, before)
     if as_json:
-        print_json(_as_json(file, engine.model, lm, expected))
+        print_json({"file": file, **plan_json(engine.model, lm, expected)})
     else:
-        _show(source_name(file), engine.model, lm, expected)
+        show_plan(source_name(file), engine.model, lm, expected, "reading")
     return 0 if expected.fits else 1
 
 
-def _as_json(file: str, model: str, lm: RetroLM, expected: Plan) -> dict[str, Any]:
+def plan_json(model: str, lm: RetroLM, expected: Plan) -> dict[str, Any]:
+    """What is expected; keys are stable."""
     return {
-        "file": file,
         "model": model,
         "method": lm.method.name,
         "retriever": lm.retriever_name,
@@ -60,14 +62,16 @@ def _as_json(file: str, model: str, lm: RetroLM, expected: Plan) -> dict[str, An
     }
 
 
-def _show(name: str, model: str, lm: RetroLM, expected: Plan) -> None:
+def show_plan(name: str, model: str, lm: RetroLM, expected: Plan, reading: str) -> None:
+    """Print what is expected; `reading` is what the time for reading is called."""
     config, kv = lm.config, expected.kv_bytes
     on_gpu = lm.device.type == "cuda"
     rows = [
         ("tokens", count(expected.num_tokens), f"in {count(expected.num_pages)} pages of {config.page_size}"),
         ("attended", count(min(config.kv_budget, expected.num_tokens)), "tokens per layer at most"),
         ("weights", size(expected.weights_bytes), f"{model}, {str(lm.backbone.dtype).removeprefix('torch.')}"),
-        ("page store", size(kv.device + kv.host), f"{size(kv.device)} device, {size(kv.host)} host"),
+        ("page store", size(kv.device + kv.host + kv.disk), _places(kv)),
+        ("page index", size(expected.index_bytes), "what pages are chosen by"),
         ("working set", size(expected.working_bytes), "activations, gathered pages, compact cache"),
         ("program", size(expected.program_bytes), "Python and libraries"),
     ]
@@ -75,9 +79,14 @@ def _show(name: str, model: str, lm: RetroLM, expected: Plan) -> None:
         rows.append(("GPU peak", size(expected.device_bytes), f"of {size(expected.free_device_bytes)} free"))
     rows += [
         ("memory peak", size(expected.host_bytes), f"of {size(expected.free_host_bytes)} free"),
-        ("reading", seconds(expected.read_s), f"{count(expected.tokens_per_s)} tokens/s"),
+        (reading, seconds(expected.read_s), f"{count(expected.tokens_per_s)} tokens/s"),
         ("answering", seconds(expected.ttft_s), f"to the first token, then {1 / expected.tpot_s:.1f} tokens/s"),
     ]
     show_table(("expected", "", ""), rows, title=name, right=(1,))
     if not expected.fits:
-        OUT.print("\nThis doesn't fit the memory that is free. Try --set store_dtype=bfloat16, or a smaller model.")
+        OUT.print("\nThis doesn't fit what is free. Try --set store_dtype=bfloat16, --host-kv-gb, or a smaller model.")
+
+
+def _places(kv: StoreBytes) -> str:
+    on_disk = f", {size(kv.disk)} disk" if kv.disk else ""
+    return f"{size(kv.device)} device, {size(kv.host)} host{on_disk}"

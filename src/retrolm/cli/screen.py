@@ -15,16 +15,22 @@ from rich.text import Text
 
 OUT = Console(highlight=False)
 ERR = Console(stderr=True, highlight=False)
+_CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def plain(text: str) -> str:
+    """Text of others, without what a terminal would obey or can't show: control characters, broken Unicode."""
+    return text.translate(_CONTROLS).encode("utf-8", "replace").decode()
 
 
 def error_line(message: str) -> None:
     """Print one line of error on stderr, however long or broken the message is."""
-    ERR.print(Text.assemble(("error: ", "bold red"), " ".join(message.split())), soft_wrap=True)
+    ERR.print(Text.assemble(("error: ", "bold red"), plain(" ".join(message.split()))), soft_wrap=True)
 
 
 def note(message: str, indent: int = 0) -> None:
     """Print a remark on stderr, further lines of it indented like the first."""
-    ERR.print(Padding(Text(message, style="dim"), (0, 0, 0, indent), expand=False))
+    ERR.print(Padding(Text(plain(message), style="dim"), (0, 0, 0, indent), expand=False))
 
 
 def print_json(value: Any) -> None:
@@ -39,7 +45,7 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: 
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index in right else "left", overflow="fold", no_wrap=index == 0)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(plain(cell)) for cell in row))
     OUT.print(table)
 
 
@@ -97,5 +103,5 @@ def seconds(value: float) -> str:
 
 def snippet(text: str, width: int) -> str:
     """The beginning of `text` on one line."""
-    line = " ".join(text.split())
+    line = plain(" ".join(text.split()))
     return line if len(line) <= width else line[: width - 1].rstrip() + "…"

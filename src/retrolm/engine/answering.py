@@ -148,7 +148,7 @@ def prompt_answer(lm: RetroLM, outcome: Outcome) -> Answer:
         attended_tokens=_attended(lm, outcome),
         max_position=outcome.max_position,
         timings=outcome.timings,
-        kv_bytes={"device": outcome.device_bytes, "host": outcome.host_bytes, "cache": 0},
+        kv_bytes={"device": outcome.device_bytes, "host": outcome.host_bytes, "disk": 0, "cache": 0},
         truncated=not outcome.ended,
         notes=outcome.notes,
         decode_path=outcome.decode_path,

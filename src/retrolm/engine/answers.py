@@ -22,7 +22,7 @@ def build_answer(document: Document, query: Query) -> Answer:
         attended_tokens=_attended(document, query),
         max_position=query.max_position,
         timings=Timings(document.prefill_s, query.ttft_s, query.tpot_s),
-        kv_bytes={"device": stored.device, "host": stored.host, "cache": query.cache_bytes},
+        kv_bytes={"device": stored.device, "host": stored.host, "disk": stored.disk, "cache": query.cache_bytes},
         truncated=not query.ended,
         decode_path=query.decode_path,
     )

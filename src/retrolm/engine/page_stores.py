@@ -26,14 +26,22 @@ def page_layout(
     return PageLayout(*shape, dtype, devices, config.store_bits)
 
 
-def new_store(lm: RetroLM, num_pages: int) -> PageStore:
-    """An empty page store with room for `num_pages` pages, where the settings say that pages live."""
-    config, layout = lm.config, page_layout(lm)
-    least = config.kv_budget // config.page_size + 3
+def least_pages(lm: RetroLM) -> int:
+    """Pages per layer that a cap must hold: those that one page attends, itself, and one to spare."""
+    return lm.config.kv_budget // lm.config.page_size + 3
+
+
+def new_store(lm: RetroLM, num_pages: int, host_kv_bytes: int | None = None) -> PageStore:
+    """An empty page store with room for `num_pages` pages, where the settings say that pages live.
+
+    Args:
+        host_kv_bytes: with a disk tier, its cap on host memory, if it is to differ from the engine's.
+    """
+    config, layout, least = lm.config, page_layout(lm), least_pages(lm)
     store: PageStore
     if lm.disk_tier is not None:
         folder, host_bytes = lm.disk_tier
-        store = DiskStore(layout, host_bytes, folder, least, config.device_kv_bytes)
+        store = DiskStore(layout, host_kv_bytes or host_bytes, folder, least, config.device_kv_bytes)
     elif config.device_kv_bytes is None:
         store = ResidentStore(layout)
     else:

@@ -61,7 +61,7 @@ class Answer:
             layers that choose pages; {"sliding"} by the layers, if any, that keep their sliding window instead;
             {"dense_layers"}, {"dense_heads"} by those, if any, that the method leaves dense on purpose.
         max_position: highest compact position used.
-        kv_bytes: {"device", "host"} bytes of stored pages, {"cache"} of the compact cache.
+        kv_bytes: {"device", "host", "disk"} bytes of stored pages, {"cache"} of the compact cache.
         truncated: generation stopped at `max_new_tokens`.
         decode_path: what generated: the engine's own loop, or transformers' `generate` and, where known, why.
         attended_by_layer: most keys attended in each layer, {"prefill", "decode"}; empty for page methods.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import tarfile
 import tempfile
@@ -49,9 +50,15 @@ def _pack(snapshot: Snapshot, manifest: Manifest, file: IO[bytes]) -> None:
         archive.addfile(_member(MANIFEST_FILE, len(data)), io.BytesIO(data))
         for entry in manifest.documents:
             for name, known in entry.files.items():
-                path = snapshot.file(entry, name)
-                with open_regular(path, str(path)) as (descriptor, _), open(descriptor, "rb", closefd=False) as source:
-                    archive.addfile(_member(f"{DOCUMENTS_FOLDER}/{entry.id}/{name}", known.bytes), source)
+                member = _member(f"{DOCUMENTS_FOLDER}/{entry.id}/{name}", known.bytes)
+                _add_file(archive, member, snapshot.file(entry, name))
+
+
+def _add_file(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
+    with open_regular(path, str(path)) as (descriptor, size), open(descriptor, "rb", closefd=False) as source:
+        if size != member.size:
+            raise DamagedBaseError(f"{path} has {size} bytes instead of {member.size}. See: retrolm kb verify")
+        archive.addfile(member, source)
 
 
 def _member(name: str, size: int) -> tarfile.TarInfo:
@@ -67,7 +74,7 @@ def import_base(archive: Path, folder: Path) -> Manifest:
         UserError: the folder is there already, or no space. DamagedBaseError: the file is no exported base, is
             damaged, or holds anything that an export doesn't.
     """
-    if folder.exists():
+    if os.path.lexists(folder):
         raise UserError(f"{folder} is there already. Name a new folder for the base.")
     if not archive.is_file():
         raise UserError(f"There is no file {archive}. Give a file written by `retrolm kb export`.")

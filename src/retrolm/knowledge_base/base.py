@@ -18,7 +18,7 @@ from .check import Progress as CheckProgress
 from .filters import Where, choose
 from .folder import Snapshot, create_folder
 from .index import text_sha256
-from .manifest import MANIFEST_FILE, DocumentEntry, Manifest
+from .manifest import MANIFEST_FILE, DocumentEntry, Manifest, require_fields
 from .parts import StoredDocument
 from .setup import load_engine, setup_of
 from .shard import RecordShape
@@ -170,6 +170,7 @@ class KnowledgeBase:
         Raises:
             UserError: a text can't be read, or there is no space; what was finished before stays.
         """
+        require_fields(name or "", metadata or {})
         found = _sources(source, name)
         lm = self.lm
         if host_kv_bytes is not None:
@@ -185,6 +186,7 @@ class KnowledgeBase:
     ) -> Added:
         from .reading import read_text, store_text, stored_bytes
 
+        require_fields(source.name, metadata)
         digest = text_sha256(source.text)
         same = [entry for entry in writer.manifest.documents if entry.sha256 == digest]
         before = [entry for entry in writer.manifest.documents if entry.name == source.name]

@@ -121,5 +121,6 @@ def _page_faults(base: Path, entry: DocumentEntry, shape: RecordShape) -> Iterat
 
 
 def _count_unused(base: Path, known: set[str]) -> int:
-    names = [path.name for path in (base / DOCUMENTS_FOLDER).iterdir()]
+    folder = base / DOCUMENTS_FOLDER
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return sum(1 for name in names if DOCUMENT_ID.fullmatch(name) and name not in known)

@@ -18,6 +18,7 @@ from .faults import DamagedBaseError
 
 RESERVE_BYTES = 16 << 20
 _PIECE = 1 << 20
+_NO_LINKS_NO_WAITING = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe would wait for a writer
 
 
 class DurableFile:
@@ -114,7 +115,7 @@ def open_regular(path: Path, what: str) -> Iterator[tuple[int, int]]:
     try:
         if stat.S_ISLNK(os.lstat(path.parent).st_mode):
             raise DamagedBaseError(f"{what} lies behind a symbolic link, which is not followed. Make a base anew.")
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | _NO_LINKS_NO_WAITING | os.O_CLOEXEC)
     except OSError as error:
         reason = "is a symbolic link" if error.errno == errno.ELOOP else _reason(error)
         raise DamagedBaseError(f"{what} {reason}. Restore it, or remove the document and add it again.") from None

@@ -41,6 +41,13 @@ def prepare_folder(folder: Path) -> None:
         (folder / name).mkdir(parents=True, exist_ok=True)
 
 
+def refuse_links(folder: Path) -> None:
+    """Raise `DamagedBaseError` where a writer would follow a link out of the base."""
+    for name in sorted(_OWN):
+        if (folder / name).is_symlink():
+            raise DamagedBaseError(f"{folder / name} is a symbolic link, which is not followed. Make the base anew.")
+
+
 def _is_bare(folder: Path) -> bool:
     """Whether nothing but an unfinished `create` left something here."""
     names = {path.name for path in folder.iterdir() if not path.name.startswith(f".{MANIFEST_FILE}-")}

@@ -1,7 +1,8 @@
 """Which generations of a base are being read, so that `gc` deletes nothing that a reader may still open.
 
 A reader holds a shared lock on `readers/GENERATION`; the system lets go of it when the process ends, however it ends.
-Where locks can't be taken (a read-only disk, a system without flock) a base is read without one.
+Where locks can't be taken (a read-only disk, a system without flock, a link in the lock's place) a base is read without
+one.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ def _locked(path: Path, shared: bool) -> int | None:
     if fcntl is None:
         return None
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        if path.parent.is_symlink():
+            return None
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     except OSError:
         return None
     try:

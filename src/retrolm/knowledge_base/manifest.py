@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
 from .durable import open_regular, read_exactly, replace_file
 from .faults import DamagedBaseError, MismatchError
 
@@ -103,6 +104,20 @@ class Manifest:
         return replace(self, generation=self.generation + 1, documents=tuple(documents), removed=tuple(removed))
 
 
+def require_fields(name: str, metadata: dict[str, Any]) -> None:
+    """Raise `UserError` for a name or metadata that a manifest would not give back as they are."""
+    try:
+        fields = [name, metadata]
+        same = json.loads(json.dumps(fields, ensure_ascii=False).encode()) == fields
+    except (TypeError, ValueError, RecursionError):
+        same = False
+    if not same:
+        raise UserError(
+            f"Name or metadata of {name!a} can't be kept: metadata takes text, finite numbers, true, false, null, and "
+            "lists and dicts of these under text keys; text must be Unicode. Leave the rest out."
+        )
+
+
 def render(manifest: Manifest) -> bytes:
     """The manifest's file, byte for byte."""
     content = asdict(manifest)
@@ -141,13 +156,16 @@ def parse(data: bytes, what: str) -> Manifest:
         raise _damaged(what, f"it doesn't say format {FORMAT!r}")
     _require_version(head.get("version"), what)
     content = head.get("content")
-    if not isinstance(content, dict) or head.get("sha256") != _digest(content):
-        raise _damaged(what, "its checksum doesn't match")
     try:
+        if not isinstance(content, dict) or head.get("sha256") != _digest(content):
+            raise _damaged(what, "its checksum doesn't match")
         manifest = _from_json(content)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        written = render(manifest)
+    except DamagedBaseError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(what, f"a field is missing or of a wrong kind ({error})") from None
-    if render(manifest) != data:
+    if written != data:
         raise _damaged(what, "it was changed since it was written")
     return manifest
 

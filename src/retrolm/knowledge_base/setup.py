@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from .faults import DamagedBaseError
 
 if TYPE_CHECKING:
     from ..engine.model import RetroLM
@@ -59,8 +60,11 @@ def load_engine(setup: dict[str, Any], model: RetroLM | str | Path | None) -> Re
 
     if isinstance(model, RetroLM):
         return model
+    name, options = model or setup.get("model"), setup.get("options")
+    if not isinstance(name, (str, Path)) or not isinstance(options, dict):
+        raise DamagedBaseError("The manifest doesn't say with which model and options it was made. Make the base anew.")
     arguments = {key: setup[key] for key in _OWN if key in setup}
-    return RetroLM.from_pretrained(model or setup["model"], **arguments, **setup["options"])
+    return RetroLM.from_pretrained(name, **arguments, **options)
 
 
 def described(layout: PageLayout) -> dict[str, Any]:

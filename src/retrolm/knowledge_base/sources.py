@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,17 @@ class Source:
 def file_source(path: str | Path, name: str | None = None) -> Source:
     """A file; raises `UserError` if it can't be read as text."""
     text = read_text_file(path)
-    return Source(name or str(path), str(Path(path).absolute()), text)
+    return Source(name or _readable(path), _readable(Path(path).absolute()), text)
 
 
 def text_source(text: str, name: str) -> Source:
     """A text as it stands, line ends as in files; raises `UserError` if it is empty."""
     return Source(name, "", text_of(text.encode("utf-8", "replace"), name=name, suffix=""))
+
+
+def _readable(path: str | Path) -> str:
+    """A path as text; bytes of its name that are no UTF-8 can't stand in a manifest."""
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def files_in(paths: Iterable[str | Path]) -> Iterator[Path]:

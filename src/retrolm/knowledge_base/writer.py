@@ -18,7 +18,7 @@ from ..errors import UserError
 from .copying import copy_document
 from .durable import require_space, sync_folder
 from .faults import BusyBaseError, MismatchError
-from .folder import DOCUMENTS_FOLDER, LOCK_FILE, prepare_folder
+from .folder import DOCUMENTS_FOLDER, LOCK_FILE, prepare_folder, refuse_links
 from .leases import oldest_read
 from .manifest import (
     DOCUMENT_ID,
@@ -57,6 +57,7 @@ class Writer:
     def __init__(self, base: str | Path, wait_s: float = 0.0) -> None:
         self.base = Path(base)
         read_manifest(self.base)  # refuses what is no base before a lock file appears in it
+        refuse_links(self.base)
         self._lock = FileLock(self.base / LOCK_FILE)
         try:
             self._lock.acquire(timeout=wait_s)
@@ -151,8 +152,8 @@ class Writer:
         kept = {entry.id for entry in self.manifest.documents} | {entry.id for entry in held}
         gone, freed = 0, 0
         for path in (self.base / DOCUMENTS_FOLDER).iterdir():
-            if DOCUMENT_ID.fullmatch(path.name) and path.name not in kept and not path.is_symlink():
-                freed += sum(file.stat().st_size for file in path.iterdir())
+            if DOCUMENT_ID.fullmatch(path.name) and path.name not in kept and path.is_dir() and not path.is_symlink():
+                freed += sum(file.lstat().st_size for file in path.iterdir())
                 shutil.rmtree(path)
                 gone += 1
         for leftover in self.base.glob(f".{MANIFEST_FILE}-*"):
