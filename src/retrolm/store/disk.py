@@ -131,9 +131,8 @@ class DiskStore(TieredStore):
         super().__init__(layout, device_bytes or host_bytes, min_pages, host=self._cached or slabs)
 
     def bytes(self) -> StoreBytes:
-        upper = sum(cache.slabs.bytes() for cache in self._cache)
         host = sum(cached.bytes() for cached in self._cached)
-        return StoreBytes(device=upper, host=host, disk=self._file.bytes())
+        return StoreBytes(device=super().bytes().device, host=host, disk=self._file.bytes())
 
 
 def _bytes_of(record: Tensor) -> memoryview:
