@@ -51,7 +51,7 @@ def _turns(row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     """Questions and answers of a row, as far as they are pairs of texts."""
     found = row.get("turns")
     pairs = [tuple(turn) for turn in found if isinstance(turn, list)] if isinstance(found, list) else []
-    return tuple(pair for pair in pairs if len(pair) == 2 and all(isinstance(part, str) for part in pair))  # type: ignore[misc]
+    return tuple(pair for pair in pairs if len(pair) == 2 and all(isinstance(part, str) for part in pair))
 
 
 def _is_source(path: Path) -> bool:

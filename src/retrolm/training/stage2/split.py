@@ -6,6 +6,7 @@ import gzip
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from ...errors import UserError
 from ..data.documents import read_documents
@@ -77,7 +78,7 @@ def _write(path: Path, documents: Iterable[Document]) -> dict[str, int]:
     # Without name and time in its head the file depends on the texts alone.
     with part.open("wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as file:
         for document in documents:
-            row = {"title": document.title, "text": document.text}
+            row: dict[str, Any] = {"title": document.title, "text": document.text}
             row |= {"turns": document.turns} if document.turns else {}
             file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
             counts["documents"] += 1
