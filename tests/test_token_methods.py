@@ -127,9 +127,9 @@ def test_the_budget_holds_at_every_step(name: str) -> None:
     program = lm.program
     stock = program._answers  # type: ignore[attr-defined]
 
-    def spy(stream: Any, *rest: Any) -> Any:
-        counts.append(stream.decode_counts())
-        return stock(stream, *rest)
+    def spy(batch: Any, found: Any) -> Any:
+        counts.append(batch.decode_counts(found.num_steps))
+        return stock(batch, found)
 
     program._answers = spy  # type: ignore[attr-defined]
     answers, _ = ask(lm, [random_ids(90), random_ids(70, seed=1)])

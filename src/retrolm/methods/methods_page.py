@@ -44,11 +44,18 @@ revised, and the answer says so.
 
 What revisions gain on long answers is measured by `retrolm eval generation`.
 
+## RetrievalAttention's index
+
+`--set retrieval_attention.index=approximate` (`pip install 'retrolm[ann]'`) searches graphs of near neighbours by faiss
+instead of all keys; `breadth` trades its time for recall, `links` its memory. They link keys to keys. The paper's own
+index links the prompt's queries to their keys, because later queries lie far from the keys; no library on the package
+index that is kept up builds such a graph (faiss, hnswlib, usearch and voyager take one set of vectors), so it isn't
+there, and a wider search stands in for it. Exact search, the default, bounds what any index finds.
+
 ## Left out
 
 TCA-Attention ([2512.09238](https://arxiv.org/abs/2512.09238)): its redundancy metric, budget rule and block size aren't
-published where we could read them, and a guess under its name would be no baseline. Landmark Attention
-isn't there, nor is an approximate index for RetrievalAttention: exact search bounds what one could find.
+published where we could read them, and a guess under its name would be no baseline. Landmark Attention isn't there.
 ShadowKV keeps no less memory here, RazorAttention frees it only in layers without a retrieval head, and ActQKV's blocks
 stay on the device: what they save is attention, and what can be compared is accuracy.
 """
