@@ -27,10 +27,16 @@ class NaiveOptions:
     num_local_pages: int = 1
     first_layer_mode: str = "recent"
     num_skip_layers: int = 1
+    bookmarks: str = "invisible"
     bookmark_span: str = "sink_page"
     score_rope: bool = False
     causal_selection: bool = False
     selection_scope: str = "layer"
+
+    @property
+    def marks(self) -> int:
+        """Bookmarks that take a place beside the tokens of a page."""
+        return 1 if self.bookmarks == "visible" else 0
 
 
 @dataclass
@@ -50,6 +56,7 @@ class NaivePage:
     mean_query: list[Vectors] = field(default_factory=list)
     bookmark_query: list[Vectors] = field(default_factory=list)
     bookmark_key: list[Vectors] = field(default_factory=list)
+    bookmark_value: list[Vectors] = field(default_factory=list)
     selected: list[list[int]] = field(default_factory=list)
     by_head: list[list[list[int]]] = field(default_factory=list)
     scores: list[list[float]] = field(default_factory=list)
@@ -90,8 +97,7 @@ class NaiveRetroLM:
 
     @torch.no_grad()
     def _read_page(self, tokens: list[int], seen: int, is_sink: bool, is_question: bool = False) -> NaivePage:
-        start = sum(len(page.tokens) for page in self.pages)
-        page = NaivePage(tokens, seen, start, is_sink, is_question)
+        page = NaivePage(tokens, seen, self._tokens_before(), is_sink, is_question)
         normal = self.model.get_input_embeddings()(torch.tensor(tokens))
         mark = self.bookmark[None]
         for index, layer in enumerate(self.model.model.layers):
@@ -102,6 +108,9 @@ class NaiveRetroLM:
         self.pages.append(page)
         return page
 
+    def _tokens_before(self) -> int:
+        return sum(len(page.tokens) + self.options.marks for page in self.pages)
+
     def _layer(self, index: int, layer: Any, page: NaivePage, normal: Tensor, mark: Tensor) -> tuple[Tensor, Tensor]:
         queries, keys, values = self._project(index, layer, normal, bookmark=False)
         mark_query, mark_key, mark_value = self._project(index, layer, mark, bookmark=True)
@@ -111,6 +120,7 @@ class NaiveRetroLM:
         page.mean_query.append(queries[:seen].mean(0))
         page.bookmark_query.append(mark_query[0])
         page.bookmark_key.append(mark_key[0])
+        page.bookmark_value.append(mark_value[0])
         page.by_head.append([self._select(index, page, head) for head in range(self.kv_heads)])
         page.selected.append(sorted({i for chosen in page.by_head[index] for i in chosen}))
         out = self._attend_normal(index, page, queries)
@@ -166,14 +176,14 @@ class NaiveRetroLM:
         if self._keeps_window(index):
             return past
         scores = self._scores(index, page, past, kv_head if options.selection_scope == "head" else None)
-        own = page.seen_by_bookmark if options.strict_budget else 0
+        own = page.seen_by_bookmark + options.marks if options.strict_budget else 0
         if page.start + own <= options.kv_budget:
             return past
         if index < options.num_skip_layers and options.first_layer_mode == "full":
             return past
         sinks = [i for i in past if self.pages[i].is_sink]
-        sink_tokens = sum(len(self.pages[i].tokens) for i in sinks)
-        room = (options.kv_budget - sink_tokens - own) // options.page_size
+        sink_tokens = sum(len(self.pages[i].tokens) + options.marks for i in sinks)
+        room = (options.kv_budget - sink_tokens - own) // (options.page_size + options.marks)
         others = [i for i in past if i not in sinks]
         local = others[len(others) - min(options.num_local_pages, room, len(others)) :]
         free = sorted((i for i in others if i not in local), key=lambda i: (scores[i], i), reverse=True)
@@ -194,8 +204,9 @@ class NaiveRetroLM:
         for i in past:
             key = self.pages[i].bookmark_key[index]
             if self.options.score_rope:
-                turned = self._turn(index, query, place * self.options.page_size)
-                scores.append(self._match(turned, self._turn(index, key, i * self.options.page_size), kv_head))
+                room = self.options.page_size + self.options.marks
+                turned = self._turn(index, query, place * room)
+                scores.append(self._match(turned, self._turn(index, key, i * room), kv_head))
             else:
                 scores.append(self._match(query, key, kv_head))
         return scores
@@ -256,16 +267,20 @@ class NaiveRetroLM:
         begin = 1000  # any place will do: only distances matter
         entries, position = [], begin
         for i in reversed(chosen):
-            past = self.pages[i]
-            for token in reversed(range(len(past.tokens))):
+            for key, value in reversed(self._stored(index, self.pages[i])):
                 position -= 1
-                entries.append((position, past.keys[index][token], past.values[index][token]))
+                entries.append((position, key, value))
         for token in range(len(page.tokens)):
             entries.append((begin + token, page.keys[index][token], page.values[index][token]))
         turned = [(at, self._turn(index, key, at), value) for at, key, value in entries]
         window = self._window(index)
         rows = [self._softmax_rows(index, query, begin + t, turned, window) for t, query in enumerate(queries)]
         return np.stack(rows)
+
+    def _stored(self, index: int, page: NaivePage) -> list[tuple[Vectors, Vectors]]:
+        """What later rows may see of a page: its tokens and, where it is visible, its bookmark behind them."""
+        rows = list(zip(page.keys[index], page.values[index], strict=True))
+        return rows + [(page.bookmark_key[index], page.bookmark_value[index])] * self.options.marks
 
     def _attend_bookmark(
         self, index: int, page: NaivePage, query: Vectors, own_key: Vectors, own_value: Vectors
@@ -276,8 +291,8 @@ class NaiveRetroLM:
         if page.is_sink or self.options.bookmark_span == "page":
             sinks = []
         for past in sinks:
-            for token in range(len(past.tokens)):
-                entries.append((len(entries), past.keys[index][token], past.values[index][token]))
+            for key, value in self._stored(index, past):
+                entries.append((len(entries), key, value))
         for token in range(page.seen_by_bookmark):
             entries.append((len(entries), page.keys[index][token], page.values[index][token]))
         entries.append((len(entries), own_key, own_value))

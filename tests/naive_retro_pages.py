@@ -29,7 +29,7 @@ class NaiveRetroPages(NaiveRetroLM):
     def round(self, tokens: list[int], generated: list[int], is_question: bool) -> np.ndarray:
         """One query page and what is generated behind it; returns the logits that generated each token."""
         revised = self.made[len(self.made) - self.window + 1 :] if self.window > 1 else []
-        page = NaivePage(tokens + generated[:-1], len(tokens), sum(len(p.tokens) for p in self.pages), False, True)
+        page = NaivePage(tokens + generated[:-1], len(tokens), self._tokens_before(), False, True)
         rows, mark = self._embedded(page.tokens)
         states = {i: self._embedded(self.pages[i].tokens) for i in revised}
         for index, layer in enumerate(self.model.model.layers):
@@ -52,6 +52,7 @@ class NaiveRetroPages(NaiveRetroLM):
         own, marks = self._project(index, layer, rows, bookmark=False), self._project(index, layer, mark, bookmark=True)
         page.keys[index], page.values[index] = own[1], own[2]
         page.bookmark_query[index], page.bookmark_key[index] = marks[0][0], marks[1][0]
+        page.bookmark_value[index] = marks[2][0]
         return own, marks
 
     def _revise(

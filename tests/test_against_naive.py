@@ -58,8 +58,8 @@ def pair(name: str, rank: int | None = 0, **options: Any) -> tuple[RetroLM, Naiv
     return lm, naive
 
 
-def cut(ids: list[int]) -> list[list[int]]:
-    return [ids[i : i + W] for i in range(0, len(ids), W)]
+def cut(ids: list[int], size: int = W) -> list[list[int]]:
+    return [ids[i : i + size] for i in range(0, len(ids), size)]
 
 
 def check_reading(lm: RetroLM, naive: NaiveRetroLM, num_tokens: int = 75) -> None:
@@ -67,7 +67,7 @@ def check_reading(lm: RetroLM, naive: NaiveRetroLM, num_tokens: int = 75) -> Non
     ids = random_ids(num_tokens)
     with wide_softmax():
         found = lm.logits(ids)
-    expected = torch.cat([torch.from_numpy(page.logits) for page in naive.read(cut(ids.tolist()))])
+    expected = torch.cat([torch.from_numpy(page.logits) for page in naive.read(cut(ids.tolist(), lm.config.page_size))])
     assert any(len(chosen) < number for number, page in enumerate(naive.pages) for chosen in page.selected)
     assert (found - expected).abs().max() <= TOLERANCE
 

@@ -25,6 +25,7 @@ VALUES = st.one_of(
 VALID = [
     *("strict_budget=false", "num_local_pages=0", "num_local_pages=2", "first_layer_mode=mean_key", "prefix_page=no"),
     *("first_layer_mode=full", "num_skip_layers=2", "bookmark_span=page", "score_rope=yes", "causal_selection=on"),
+    "bookmarks=visible",
     *("retrieve_every=2", "store_dtype=bfloat16", "store_dtype=none"),
 ]
 PRINTABLE = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20)

@@ -30,6 +30,7 @@ EXACT = ("num_tokens", "num_pages", "model", "method", "retriever", "kv_budget",
         ["--host-kv-gb", "0.001", "--set", "store_bits=8"],
         ["--set", "prefix_page=false"],
         ["--set", "store_dtype=bfloat16"],
+        ["--set", "bookmarks=visible"],
         ["--method", "mean_key", "--kv-budget", "600"],
     ],
 )

@@ -28,6 +28,7 @@ OPTIONS = st.fixed_dictionaries(
         "num_local_pages": st.integers(0, 4),
         "first_layer_mode": st.sampled_from(["recent", "mean_key", "full"]),
         "num_skip_layers": st.integers(0, 5),
+        "bookmarks": st.sampled_from(["invisible", "visible"]),
         "bookmark_span": st.sampled_from(["sink_page", "page"]),
         "score_rope": st.booleans(),
         "selection_scope": st.sampled_from(["layer", "layer", "head"]),
@@ -43,9 +44,11 @@ OPTIONS = st.fixed_dictionaries(
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(options=OPTIONS, method=st.sampled_from(PAGE_METHODS), num_tokens=st.integers(1, 110), new=st.integers(1, 10))
 def test_every_combination_reads_and_generates(options: dict[str, Any], method: str, num_tokens: int, new: int) -> None:
-    size = options["page_size"]
+    if not METHODS.get(method).needs_bookmarks:
+        options["bookmarks"] = "invisible"
+    size = options["page_size"] + (options["bookmarks"] == "visible")
     budget = options.pop("pages") * size + options.pop("odd")
-    if budget < 4 * size or options["retrieve_every"] > size:
+    if budget < 4 * size or options["retrieve_every"] > options["page_size"]:
         options["retrieve_every"] = 0
     if not issubclass(METHODS.get(method), ScoresHeads) or options["retrieve_every"]:
         options["selection_scope"] = "layer"

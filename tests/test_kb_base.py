@@ -72,6 +72,7 @@ def same_pages(one: Document, other: Document) -> bool:
         ("llama", {"prefix_page": False, "num_local_pages": 2}),
         ("qwen2", {"store_bits": 8}),
         ("gemma3", {"store_bits": 4}),
+        ("llama", {"bookmarks": "visible", "store_bits": 8}),
     ],
 )
 def test_a_restored_document_is_the_one_that_was_read(name: str, options: dict[str, Any], tmp_path: Path) -> None:
@@ -143,7 +144,7 @@ def side_by_side(lm: RetroLM, texts: list[str], **changes: Any) -> Document:
     encoder = documents[0].encoder.with_parts(config=lm.config.replace(num_local_pages=0, **changes))
     tokens = [page for i, document in enumerate(documents) for page in document.token_ids[num_prefix if i else 0 :]]
     spans = [span for i, document in enumerate(documents) for span in document.page_spans[num_prefix if i else 0 :]]
-    table = PageTable(ids, lengths, num_prefix, W)
+    table = PageTable(ids, lengths, num_prefix, lm.config.page_room)
     return dataclasses.replace(documents[0], encoder=encoder, table=table, token_ids=tokens, page_spans=spans, text="")
 
 
@@ -266,6 +267,28 @@ def test_edits_are_read_from_the_first_changed_page_on(name: str, edit: str, tmp
     assert base.verify().sound
     assert base.gc().num_deleted == 1
     assert base.ask(QUESTION, max_new_tokens=5).answer.token_ids == session.ask(QUESTION, max_new_tokens=5).token_ids
+
+
+def test_visible_bookmarks_are_kept_edited_and_composed(tmp_path: Path) -> None:
+    """Records hold them beside the tokens, which all that speaks of text counts alone."""
+    options: dict[str, Any] = {"bookmarks": "visible", "first_layer_mode": "mean_key", "chunk_pages": 100}
+    texts, lm = [story(330), story(200, 90)], engine(**options)
+    base = KnowledgeBase.create(tmp_path / "base", lm)
+    base.add(story(300), name="text 0")
+    (added,) = base.add(texts[0], name="text 0")
+    assert added.status == "updated" and added.num_kept > 5
+    session = lm.read(texts[0])
+    kept = base.select()
+    assert list(kept.token_ids) == session.token_ids and kept.page_spans == session.page_spans
+    assert kept.num_tokens == session.num_tokens == base.documents[0].num_tokens < session.table.num_tokens
+    for (k1, v1), (k2, v2) in zip(pages_of(kept), pages_of(session), strict=True):
+        assert (k1 - k2).abs().max() <= 1e-9 and (v1 - v2).abs().max() <= 1e-9
+    base.add(texts[1], name="text 1")
+    found = base.ask(QUESTION, max_new_tokens=6)
+    expected = side_by_side(engine(**options), texts).ask(QUESTION, max_new_tokens=6)
+    assert found.reuse == "composed" and found.answer.token_ids == expected.token_ids
+    with pytest.raises(MismatchError, match="bookmarks"):
+        KnowledgeBase.open(tmp_path / "base", engine(**{**options, "bookmarks": "invisible"})).ask(QUESTION)
 
 
 def test_causal_selection_reads_an_edited_text_anew(tmp_path: Path) -> None:

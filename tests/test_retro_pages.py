@@ -45,10 +45,10 @@ def continued(lm: RetroLM, rows: Tensor = IDS[None]) -> tuple[Tensor, Tensor]:
     return out[:, rows.shape[1] :], torch.stack(seen)
 
 
-def naive_logits(lm: RetroLM, window: int, said: list[int], kv_budget: int = BUDGET) -> Tensor:
+def naive_logits(lm: RetroLM, window: int, said: list[int]) -> Tensor:
     retriever = lm.retriever
     assert retriever is not None
-    options = NaiveOptions(kv_budget=kv_budget, page_size=W)
+    options = NaiveOptions(kv_budget=lm.config.kv_budget, page_size=W, bookmarks=lm.config.bookmarks)
     naive = NaiveRetroPages(lm.model, options, retriever.embedding.detach(), delta_matrices(lm, retriever))
     naive.window = window
     pages = cut(IDS.tolist())
@@ -63,7 +63,17 @@ def naive_logits(lm: RetroLM, window: int, said: list[int], kv_budget: int = BUD
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "mistral-sliding"])
 @pytest.mark.parametrize("window", [1, 2, 4])
 def test_it_equals_its_naive_self(family: str, window: int) -> None:
-    lm = attach(exact_model(family, seed=3), window=window)
+    check_against_naive(attach(exact_model(family, seed=3), window=window), window)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("window", [1, 3])
+def test_it_equals_its_naive_self_with_visible_bookmarks(family: str, window: int) -> None:
+    lm = attach(exact_model(family, seed=3), window=window, bookmarks="visible", kv_budget=5 * (W + 1))
+    check_against_naive(lm, window)
+
+
+def check_against_naive(lm: RetroLM, window: int) -> None:
     said, logits = continued(lm)
     assert (logits[:, 0] - naive_logits(lm, window, said[0].tolist())).abs().max() < TOLERANCE
 

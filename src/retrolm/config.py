@@ -29,6 +29,9 @@ class RetroConfig:
             "recent" = sink + most recent pages, "mean_key" = pages by the mean of their keys,
             "full" = every past page (reported, and outside the budget).
         num_skip_layers: layers without page scores of their own, counted from the first (D7).
+        bookmarks: "invisible" = normal tokens don't see bookmarks, which take no position; "visible" = tokens of later
+            pages attend the bookmarks of the pages they attend, as further tokens that stand behind their pages, with
+            a position and a place in the budget (D1 a, D2 a; a question's own bookmark is not seen by its answer).
         bookmark_span: what a bookmark attends to: "sink_page" = sink, own page, itself; "page" = without sink (D13).
         selection_scope: whether all heads of a layer attend the same pages, by the sum of their scores, or each KV
             head chooses its own (D4).
@@ -54,6 +57,7 @@ class RetroConfig:
     num_local_pages: int = 1
     first_layer_mode: Literal["recent", "mean_key", "full"] = "recent"
     num_skip_layers: int = 1
+    bookmarks: Literal["invisible", "visible"] = "invisible"
     bookmark_span: Literal["sink_page", "page"] = "sink_page"
     selection_scope: Literal["layer", "head"] = "layer"
     score_rope: bool = False
@@ -72,11 +76,11 @@ class RetroConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise UserError(f"{name} must be a whole number of at least {low}, got {value!r}.")
-        if self.kv_budget < MIN_BUDGET_PAGES * self.page_size:
+        if self.kv_budget < MIN_BUDGET_PAGES * self.page_room:
             raise UserError(
-                f"kv_budget={self.kv_budget} is under {MIN_BUDGET_PAGES} pages of {self.page_size} tokens "
-                f"(sink, previous and current page). Use at least {MIN_BUDGET_PAGES * self.page_size}, "
-                f"or a smaller page_size."
+                f"kv_budget={self.kv_budget} is under {MIN_BUDGET_PAGES} pages of {self.page_room} tokens "
+                f"(sink, previous and current page{', each with its bookmark' if self.page_marks else ''}). "
+                f"Use at least {MIN_BUDGET_PAGES * self.page_room}, or a smaller page_size."
             )
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
@@ -84,6 +88,16 @@ class RetroConfig:
         cap = self.device_kv_bytes
         if cap is not None and (isinstance(cap, bool) or not isinstance(cap, int) or cap <= 0):
             raise UserError(f"device_kv_bytes must be positive or None, in whole bytes, got {cap!r}.")
+
+    @property
+    def page_marks(self) -> int:
+        """Bookmarks among the tokens of a stored page: 1 where they are visible, else 0."""
+        return int(self.bookmarks == "visible")
+
+    @property
+    def page_room(self) -> int:
+        """Tokens that a stored page holds: those of the text and, where it is visible, the bookmark behind them."""
+        return self.page_size + self.page_marks
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> RetroConfig:

@@ -23,7 +23,8 @@ class PageTable:
 
     Attributes:
         ids: page numbers in the page store, int64 [P].
-        lengths: tokens in each page, int64 [P]; a sink page and the last page of a text can be short.
+        lengths: tokens in each page, int64 [P], its bookmark among them where that is visible; a sink page and the last
+            page of a text can be short.
         num_sink: leading pages that are always attended (attention sink).
         page_size: room for tokens in one stored page (W). Sink pages stand at the right end of their room, all
             others at the left end: then the gathered row of a full set has no holes.

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .config import RetroConfig
 from .errors import IncompatibleRetrieverError, UserError
 
 FORMAT_VERSION = 1
@@ -276,3 +277,25 @@ def check_backbone(card: RetrieverCard, backbone: Mapping[str, Any]) -> None:
             f"Retriever {card.name!r} was trained for another backbone ({'; '.join(differing)}). "
             "Load it with the model it was trained on, or train one for this model."
         )
+
+
+def check_choices(card: RetrieverCard, config: RetroConfig) -> None:
+    """Refuse an engine in which bookmarks are read otherwise than in training (D1, D3, D13), as far as that is known.
+
+    Raises:
+        IncompatibleRetrieverError: the message names each difference.
+    """
+    recipe = card.details.get("recipe")
+    if not isinstance(recipe, dict) or not isinstance(recipe.get("train"), dict):
+        return
+    recipe = recipe["train"]
+    trained = {name: recipe.get(name, getattr(RetroConfig, name)) for name in _TRAINED_CHOICES}
+    if differing := [name for name, value in trained.items() if getattr(config, name) != value]:
+        there, here = (", ".join(f"{name}={of[name]!r}" for name in differing) for of in (trained, vars(config)))
+        raise IncompatibleRetrieverError(
+            f"Retriever {card.name!r} was trained with {there}, this engine is set up with {here}. "
+            "Set the engine up alike, or train a retriever for it."
+        )
+
+
+_TRAINED_CHOICES = ("bookmarks", "bookmark_span", "score_rope")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..paging import PageTable, page_lengths
 from .answering import PROGRAMS, AnswerProgram, Prompt
-from .chunk import query_group
+from .chunk import query_group, query_lengths
 from .encoder import Progress, require_room
 from .page_asking import ask_pages
 from .page_reading import page_logits, read_pages
@@ -24,7 +24,7 @@ class PageProgram(AnswerProgram):
     @property
     def allowed_tokens(self) -> int:
         config = self.lm.config
-        return config.kv_budget + (0 if config.strict_budget else config.page_size)
+        return config.kv_budget + (0 if config.strict_budget else config.page_room)
 
     def read(self, sources: list[Any], progress: Progress | None) -> list[Any]:
         return read_pages(self.lm, sources, progress)
@@ -51,8 +51,9 @@ class PageProgram(AnswerProgram):
         prefix, joined = self.lm.split_head()
         sinks = page_lengths(len(prefix), config.page_size)
         lengths = torch.tensor([*sinks, *page_lengths(len(joined) + num_text_tokens, config.page_size)])
-        table = PageTable(torch.arange(len(lengths)), lengths, max(len(sinks), 1), config.page_size)
-        own = torch.arange(len(page_lengths(len(question), config.page_size)))
+        lengths += config.page_marks
+        table = PageTable(torch.arange(len(lengths)), lengths, max(len(sinks), 1), config.page_room)
+        own = torch.arange(len(query_lengths(len(question), config)))
         require_room(query_group(table, own, question, config, window=0), config)
 
     def check_attended(self, answer: Answer, num_tokens: int) -> None:

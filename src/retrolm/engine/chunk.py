@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import RetroConfig
-from ..paging import PageTable, room_for_past, start_position
+from ..paging import PageTable, page_lengths, room_for_past, start_position
 
 
 @dataclass
@@ -20,9 +20,9 @@ class PageGroup:
     Attributes:
         table: the document's pages before and (for text pages) in this group.
         ids: store pages of the group's own tokens, int64 [n, O]; O > 1 only for a question longer than a page.
-        lengths: own tokens in each of them, int64 [n, O].
+        lengths: own tokens in each of them, int64 [n, O]; a visible bookmark is the last token of its page.
         num_past: pages of `table` before each page.
-        tokens: token ids of each page.
+        tokens: token ids of each page, without its bookmark.
         room: pages besides the sinks each page may attend. end: compact position of each page's first token.
         pinned: ordinals that are always attended besides sink and local pages.
         last_probe: probe of the group's last page by layer, for causal selection of what follows.
@@ -53,7 +53,7 @@ class PageGroup:
 
 @dataclass
 class Chunk:
-    """All groups of a forward pass; `width` is the length of the longest page."""
+    """All groups of a forward pass; `width` is the length of the longest page, without its bookmark."""
 
     groups: list[PageGroup]
     width: int
@@ -76,8 +76,18 @@ class Chunk:
         return torch.from_numpy(np.fromiter(tokens, np.int64))
 
     def page_lengths(self) -> Tensor:
-        """Tokens of each page, int64 [N]."""
+        """Tokens of each page, visible bookmarks included, int64 [N]."""
         return torch.cat([group.lengths.sum(1) for group in self.groups])
+
+
+def text_lengths(pages: list[list[int]], config: RetroConfig) -> Tensor:
+    """Tokens in the stored page of each page of a text, int64 [P]: those of the text and, if visible, its bookmark."""
+    return torch.tensor([len(page) for page in pages], dtype=torch.int64) + config.page_marks
+
+
+def query_lengths(num_tokens: int, config: RetroConfig) -> list[int]:
+    """Tokens in each stored page of a query of `num_tokens`; where it is visible, its bookmark is the last."""
+    return page_lengths(num_tokens + config.page_marks, config.page_room)
 
 
 def text_group(
@@ -91,7 +101,7 @@ def text_group(
     """Group of text pages `first`, `first + 1`, … of `table`; `window` is the widest sliding window kept (tokens)."""
     ordinals = range(first, first + len(tokens))
     room = [
-        room_for_past(table, n, len(page), config.kv_budget, config.strict_budget)
+        room_for_past(table, n, len(page) + config.page_marks, config.kv_budget, config.strict_budget)
         for n, page in enumerate(tokens, first)
     ]
     own = slice(first, first + len(tokens))
@@ -111,9 +121,8 @@ def query_group(
     table: PageTable, ids: Tensor, tokens: list[int], config: RetroConfig, window: int, pinned: tuple[int, ...] = ()
 ) -> PageGroup:
     """Group of one query page that stands behind all pages of `table`, in the store pages `ids` [O]."""
-    past, size = len(table), table.page_size
-    room = room_for_past(table, past, len(tokens), config.kv_budget, config.strict_budget)
-    lengths = torch.tensor([len(tokens[i : i + size]) for i in range(0, len(tokens), size)])
+    past, lengths = len(table), torch.tensor(query_lengths(len(tokens), config))
+    room = room_for_past(table, past, int(lengths.sum()), config.kv_budget, config.strict_budget)
     end = _end(table, past, room, config, window)
     return PageGroup(table, ids[None], lengths[None], [past], [tokens], [room], [end], pinned, is_query=True)
 

@@ -29,7 +29,7 @@ def continue_prompts(
     checked = lm.options_for(options, eos_ids(lm.model.generation_config))
     cut = [cut_pages([], ids, lm.config.page_size) for ids in prompts]
     encoder = lm.encoder_over(lm.new_store(sum(map(len, cut))))
-    queries = _queries(encoder, cut, lm.config.page_size)
+    queries = _queries(encoder, cut)
     new = checked.max_new_tokens if max_new_tokens is None else max_new_tokens
     generator_over(encoder).run(queries, new, checked)
     sequences = [tokens for query in queries for tokens in query.sequences]
@@ -47,9 +47,9 @@ def _prompts(lm: RetroLM, rows: Tensor, attention_mask: Tensor | None) -> list[l
     return prompts
 
 
-def _queries(encoder: Encoder, cut: list[list[list[int]]], page_size: int) -> list[Query]:
+def _queries(encoder: Encoder, cut: list[list[list[int]]]) -> list[Query]:
     """Read all pages but each prompt's last one, which becomes the query."""
-    texts = [paged_text(encoder.parts.store, pages[:-1], 0, page_size) for pages in cut]
+    texts = [paged_text(encoder.parts.store, pages[:-1], 0, encoder.parts.config) for pages in cut]
     if any(text.pages for text in texts):
         encoder.read([text for text in texts if text.pages])
     return [Query(text.table, pages[-1], pages[:-1]) for text, pages in zip(texts, cut, strict=True)]

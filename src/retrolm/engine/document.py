@@ -42,8 +42,8 @@ class Document:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all pages, prefix included."""
-        return self.table.num_tokens
+        """Tokens of all pages, prefix included, bookmarks not."""
+        return self.table.num_tokens - self.num_pages * self.lm.config.page_marks
 
     @property
     def num_pages(self) -> int:

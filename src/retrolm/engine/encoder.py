@@ -13,7 +13,7 @@ from ..config import RetroConfig
 from ..errors import UserError
 from ..paging import PageTable
 from .attachment import Attachment
-from .chunk import Chunk, PageGroup, query_group, text_group
+from .chunk import Chunk, PageGroup, query_group, text_group, text_lengths
 from .prefill import PrefillParts, PrefillProgram, QueryCapture
 from .prefill_layers import can_fuse, fused_rows
 
@@ -75,7 +75,7 @@ class Encoder:
         store = self.parts.store
         ids = store.reserve(len(pages))
         try:
-            longer = table.extended(ids, torch.tensor([len(page) for page in pages]))
+            longer = table.extended(ids, text_lengths(pages, self.parts.config))
             self._require_window(longer.num_tokens)
             for first in range(0, len(pages), self.parts.config.chunk_pages):
                 part = pages[first : first + self.parts.config.chunk_pages]
@@ -90,7 +90,7 @@ class Encoder:
         """The group of one query page; raises `UserError` if the query leaves no room for the text."""
         group = query_group(table, ids, tokens, self.parts.config, self.kept_window, pinned)
         require_room(group, self.parts.config)
-        self._require_window(table.num_tokens + len(tokens))
+        self._require_window(table.num_tokens + int(group.lengths.sum()))
         return group
 
     @torch.no_grad()
@@ -137,7 +137,7 @@ class Encoder:
         """
         config = self.parts.config
         if config.first_layer_mode != "full" or not config.num_skip_layers:
-            most = max(config.kv_budget, self.kept_window + config.page_size)
+            most = max(config.kv_budget, self.kept_window + config.page_room)
             for end in (end for group in chunk.groups for end in group.end):
                 assert 0 <= end <= most, f"a page begins at position {end}, beyond {most}"
 
@@ -176,7 +176,7 @@ def require_room(query: PageGroup, config: RetroConfig) -> None:
     """Raise `UserError` if a query page leaves no room for the text it asks about."""
     table = query.table
     needed = min(1 + len(query.pinned), max(len(table) - table.num_sink, 0))
-    if query.room[0] < needed or len(query.tokens[0]) > config.kv_budget:
+    if query.room[0] < needed or int(query.lengths.sum()) > config.kv_budget:
         raise UserError(
             f"The question takes {len(query.tokens[0])} tokens and leaves room for {max(query.room[0], 0)} pages of "
             f"the text in kv_budget={config.kv_budget}; at least {needed} needed. Shorten it or raise kv_budget."

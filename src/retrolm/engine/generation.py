@@ -9,9 +9,8 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import UserError
-from ..paging import page_lengths
 from .backbone import Backbone
-from .chunk import Chunk, PageGroup
+from .chunk import Chunk, PageGroup, query_lengths
 from .decode_round import Query, Round, continue_round
 from .encoder import Encoder
 from .generate_options import GenerateOptions, OneStream
@@ -76,8 +75,8 @@ class Generator:
     def _require_room_for_rounds(self, query: Query, every: int, max_new_tokens: int) -> None:
         """Raise `UserError` if sink, question, one more page and the generated page won't fit the budget together."""
         config, table = self._encoder.parts.config, query.table
-        question_pages = len(page_lengths(len(query.tokens), table.page_size))
-        own = every if config.strict_budget else 0
+        question_pages = len(query_lengths(len(query.tokens), config))
+        own = every + config.page_marks if config.strict_budget else 0
         needed = table.sink_tokens + (question_pages + 1) * table.page_size + own
         if config.kv_budget < min(needed, table.num_tokens + len(query.tokens) + max_new_tokens):
             raise UserError(
@@ -87,7 +86,7 @@ class Generator:
 
     def _turn_page(self, query: Query, held: Tensor, every: int) -> None:
         """The query's page becomes past; the tokens generated last become the next query page."""
-        lengths = page_lengths(len(query.tokens), query.table.page_size)
+        lengths = query_lengths(len(query.tokens), self._encoder.parts.config)
         query.table = query.table.extended(held[-len(lengths) :], torch.tensor(lengths))
         query.past = [*query.past, query.tokens]
         query.tokens = query.generated[-every:]
@@ -101,8 +100,8 @@ class Generator:
         pinned: list[tuple[int, ...]] | None = None,
     ) -> list[Tensor]:
         started = time.perf_counter()
-        store, size = self._encoder.parts.store, self._encoder.parts.config.page_size
-        ids = [store.reserve(-(-len(query.tokens) // size)) for query in queries]
+        store, config = self._encoder.parts.store, self._encoder.parts.config
+        ids = [store.reserve(len(query_lengths(len(query.tokens), config))) for query in queries]
         try:
             groups = [
                 self._encoder.query(query.table, own, query.tokens, pinned[i] if pinned else ())

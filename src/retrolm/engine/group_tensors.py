@@ -14,7 +14,7 @@ class GroupTensors:
     Attributes:
         table_ids, table_lengths, table_starts: of all pages of the group's table, int64 [P].
         own_ids, own_lengths, own_starts: of the group's own slots, int64 [n, O].
-        own_tokens: tokens of each page, int64 [n]. ordinals: pages before each page, int64 [n].
+        own_tokens: tokens of each page without its bookmark, int64 [n]. ordinals: pages before each page, int64 [n].
         ends: compact position of each page's first token, int64 [n].
         is_sink: bool [n]. pinned: pages that are always attended, bool [P], or None.
     """
@@ -26,7 +26,7 @@ class GroupTensors:
         table = group.table
         self.table_ids, self.table_lengths, self.table_starts = map(there, (table.ids, table.lengths, table.starts))
         self.own_ids, self.own_lengths, self.own_starts = map(there, (group.ids, group.lengths, group.own_starts()))
-        self.own_tokens = there(group.lengths.sum(1))
+        self.own_tokens = there(torch.tensor([len(tokens) for tokens in group.tokens]))
         self.ordinals = there(torch.tensor(group.num_past))
         self.ends = there(torch.tensor(group.end))
         self.is_sink = there(torch.tensor([past < table.num_sink for past in group.num_past]))

@@ -14,7 +14,7 @@ from ..config import RetroConfig
 from ..errors import UserError
 from ..methods import METHODS, PageMethod
 from ..paging import page_lengths
-from ..retriever import PageRetriever, load_retriever
+from ..retriever import PageRetriever, check_choices, load_retriever
 from ..store import DigestIndex, PageLayout, PageStore
 from . import answer_dense, answer_pages, answer_prune, answer_tokens  # noqa: F401  (each files its program)
 from .adapter import LoraAdapter, load_adapter
@@ -38,6 +38,7 @@ from .pull import resolve_model
 from .results import Answer, Retrieval
 from .shipped import find_shipped, resolve_retriever
 from .sources import is_ids, tokenise
+from .visible import require_bookmarks
 
 
 class RetroLM:
@@ -68,6 +69,7 @@ class RetroLM:
         self.config = config or RetroConfig()
         self.tokenizer = tokenizer
         self.method = METHODS.get(method).with_options(method_options)
+        require_bookmarks(self.config, self.method)
         self.retriever: PageRetriever | None = None
         self.adapter: LoraAdapter | None = None
         self.disk_tier: tuple[Path, int] | None = None
@@ -123,7 +125,7 @@ class RetroLM:
             IncompatibleRetrieverError: the retriever belongs to another backbone.
         """
         config = RetroConfig.from_options(options)
-        METHODS.get(method).with_options(method_options)
+        require_bookmarks(config, METHODS.get(method).with_options(method_options))
         folder = resolve_model(str(model))
         loaded, tokenizer = load_model(folder, dtype, device_map, model_options or {})
         lm = cls(loaded, tokenizer, config=config, method=method, method_options=method_options, chat=chat)
@@ -135,9 +137,14 @@ class RetroLM:
         return lm
 
     def use_retriever(self, retriever: PageRetriever | str | Path) -> None:
-        """Use a trained retriever, given as such or as a folder, for documents read from now on."""
+        """Use a trained retriever, given as such or as a folder, for documents read from now on.
+
+        Raises:
+            IncompatibleRetrieverError: it was trained for another backbone, or for bookmarks that are read otherwise.
+        """
         if not isinstance(retriever, PageRetriever):
             retriever = load_retriever(retriever, self.backbone.projection_shapes(), self.backbone.fingerprint())
+        check_choices(retriever.card, self.config)
         self.retriever = retriever.place([info.device for info in self.backbone.layers]).eval()
         self._bookmark = self._bookmark_row()
 
@@ -329,7 +336,7 @@ class RetroLM:
         """Positions that will be used at most, which decides between frequency sets (longrope)."""
         if self.method.true_positions:
             return int(self.model.config.get_text_config().max_position_embeddings)
-        return self.config.kv_budget + self.config.page_size
+        return self.config.kv_budget + self.config.page_room
 
     def _bookmark_row(self) -> Tensor:
         """The bookmark embedding [hidden], trained or not."""

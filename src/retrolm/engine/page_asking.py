@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import UserError
-from ..paging import page_lengths
 from .answers import build_answer, build_retrieval
-from .chunk import Chunk
+from .chunk import Chunk, query_lengths
 from .decode_round import Query
 from .document import Document, Past
 from .generate_options import GenerateOptions
@@ -54,7 +53,7 @@ def retrieve(lm: RetroLM, document: Document, question: str, *, raw: bool = Fals
     """Which pages of `document` the question attends in each layer."""
     document.require_open()
     encoder, tokens = document.encoder, question_ids(lm, question, raw)
-    ids = encoder.parts.store.reserve(-(-len(tokens) // lm.config.page_size))
+    ids = encoder.parts.store.reserve(len(query_lengths(len(tokens), lm.config)))
     try:
         encoded = encoder.encode(Chunk([encoder.query(document.table, ids, tokens)], len(tokens)))
     finally:
@@ -77,7 +76,7 @@ def turn(
     query = Query(past.table, question_ids(lm, question, raw, follow_up=len(past.turn_ids) > 0), past.token_ids)
     checked = answer_options(lm, options)
     (held,) = generator_over(encoder).run([query], max_new_tokens, checked)
-    lengths = page_lengths(len(query.tokens), lm.config.page_size)
+    lengths = query_lengths(len(query.tokens), lm.config)
     table = query.table.extended(held[-len(lengths) :], torch.tensor(lengths))
     token_ids = [*query.past, query.tokens]
     try:

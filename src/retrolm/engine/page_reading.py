@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..config import RetroConfig
 from ..paging import PageTable, page_lengths
 from ..store import PageStore
+from .chunk import text_lengths
 from .document import Document
 from .encoder import PagedText, Progress
 from .sources import tokenise
@@ -37,9 +39,7 @@ def read_pages(
     ]
     store = lm.new_store(sum(map(len, pages)))
     sinks = [len(page_lengths(len(prefix), lm.config.page_size)) for prefix, _ in splits]
-    texts = [
-        paged_text(store, cut, num_prefix, lm.config.page_size) for cut, num_prefix in zip(pages, sinks, strict=True)
-    ]
+    texts = [paged_text(store, cut, num_prefix, lm.config) for cut, num_prefix in zip(pages, sinks, strict=True)]
     encoder = lm.encoder_over(store)
     results = encoder.read(texts, progress)
     lm.wait()
@@ -55,7 +55,7 @@ def page_logits(lm: RetroLM, input_ids: Tensor) -> Tensor:
     """`logits` of page methods: the text is read page by page."""
     cut = cut_pages([], input_ids.tolist(), lm.config.page_size)
     store = lm.new_store(len(cut))
-    results = lm.encoder_over(store).read([paged_text(store, cut, 0, lm.config.page_size)], logits=True)
+    results = lm.encoder_over(store).read([paged_text(store, cut, 0, lm.config)], logits=True)
     return torch.cat([result.logits for result in results if result.logits is not None])
 
 
@@ -64,10 +64,11 @@ def cut_pages(prefix: list[int], ids: list[int], page_size: int) -> list[list[in
     return [part[i : i + page_size] for part in (prefix, ids) for i in range(0, len(part), page_size)]
 
 
-def paged_text(store: PageStore, pages: list[list[int]], num_prefix_pages: int, page_size: int) -> PagedText:
+def paged_text(store: PageStore, pages: list[list[int]], num_prefix_pages: int, config: RetroConfig) -> PagedText:
     """Pages with places in `store`; the prefix pages are sinks, or the first page where there are none."""
-    lengths = torch.tensor([len(page) for page in pages], dtype=torch.int64)
-    return PagedText(PageTable(store.reserve(len(pages)), lengths, max(num_prefix_pages, 1), page_size), pages)
+    lengths = text_lengths(pages, config)
+    table = PageTable(store.reserve(len(pages)), lengths, max(num_prefix_pages, 1), config.page_room)
+    return PagedText(table, pages)
 
 
 def page_spans(pages: list[list[int]], offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:

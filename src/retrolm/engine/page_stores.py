@@ -22,7 +22,7 @@ def page_layout(
     backbone, config = lm.backbone, lm.config
     dtype = _STORE_DTYPES[config.store_dtype] if config.store_dtype else backbone.dtype
     devices = tuple(info.device for info in backbone.layers)
-    shape = (config.page_size, backbone.num_kv_heads, backbone.head_dim)
+    shape = (config.page_room, backbone.num_kv_heads, backbone.head_dim)
     return PageLayout(*shape, dtype, devices, config.store_bits)
 
 

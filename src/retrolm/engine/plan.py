@@ -159,7 +159,7 @@ class Trial:
         self.pages = cut_pages(prefix, [lm.pad_id] * min(num_tokens - len(prefix), steady), size)
         self.lm = lm
         self._store: PageStore = self._new_store()
-        self._table: PageTable = paged_text(self._store, self.pages, len(page_lengths(len(prefix), size)), size).table
+        self._table: PageTable = paged_text(self._store, self.pages, len(page_lengths(len(prefix), size)), config).table
         self._encoder = lm.encoder_over(self._store)
 
     def _new_store(self) -> PageStore:

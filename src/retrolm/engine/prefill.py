@@ -43,7 +43,8 @@ class PrefillProgram:
         self.parts = parts
         self.chunk = chunk
         self.num_bookmarks = chunk.num_pages if parts.method.needs_bookmarks else 0
-        self.captures = [QueryCapture(g.end[0] + len(g.tokens[0])) if g.is_query else None for g in chunk.groups]
+        marks = parts.config.page_marks
+        self.captures = [QueryCapture(g.end[0] + len(g.tokens[0]), marks) if g.is_query else None for g in chunk.groups]
         self.peak_attended = 0
         self._chooser = PageChooser(parts)
         self._sets = [SetAttention(parts, *pair) for pair in zip(chunk.groups, self.captures, strict=True)]
@@ -75,27 +76,28 @@ class PrefillProgram:
         layer, rope = call.layer, self.parts.backbone.rope(call.layer)
         q, k = (unscaled(x[0].transpose(0, 1), rope.scaling, rope.rotary_dims) for x in (q, k))
         v = v[0].transpose(0, 1)
-        T = self._rows.num_tokens
-        k_NQKD, v_NQKD = (self._rows.by_page(x[:T]) for x in (k, v))
+        T, width = self._rows.num_tokens, self.chunk.width
         marks = (q[T:], k[T:], v[T:])
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        out_marks = out[T:]
+        q, k, v, own_out = (self._rows.in_order(x) for x in (q, k, v, out))
+        k_NQKD, v_NQKD = (self._rows.by_page(x) for x in (k, v))
         groups = self._groups(q.device)
-        chosen = self._choose(layer, groups, self._queries(layer, q[:T]), k_NQKD, v_NQKD, marks)
+        chosen = self._choose(layer, groups, self._queries(layer, q), k_NQKD, v_NQKD, marks)
         for (where, group, tensors, own_sets), sets in zip(groups, chosen, strict=True):
             rows = self._rows.of_pages(where)
-            own_sets.attend(call, tensors, sets, TokenRows(q[rows], k[rows], v[rows], out[rows]))
+            own_sets.attend(call, tensors, sets, TokenRows(q[rows], k[rows], v[rows], own_out[rows]))
             if self.num_bookmarks:
                 own_marks = (marks[0][where], marks[1][where], marks[2][where])
-                own_k, own_v = k_NQKD[where], v_NQKD[where]
-                out_marks[where] = attend_bookmark_rows(self.parts, call, group, tensors, own_marks, own_k, own_v)
+                own_k, own_v = k_NQKD[where, :width], v_NQKD[where, :width]
+                out[T:][where] = attend_bookmark_rows(self.parts, call, group, tensors, own_marks, own_k, own_v)
+        self._rows.put_back(own_out, out)
         return out[None]
 
-    def _queries(self, layer: int, q_THD: Tensor) -> Tensor:
+    def _queries(self, layer: int, q_RHD: Tensor) -> Tensor:
         """Queries page by page for methods that look at them, else none."""
         if self.parts.method_for(layer).reads_queries:
-            return self._rows.by_page(q_THD)
-        return q_THD.new_empty(self.chunk.num_pages, 0, *q_THD.shape[1:])
+            return self._rows.by_page(q_RHD)[:, : self.chunk.width]
+        return q_RHD.new_empty(self.chunk.num_pages, 0, *q_RHD.shape[1:])
 
     def _choose(
         self,
@@ -111,6 +113,7 @@ class PrefillProgram:
         for where, group, tensors, _ in groups:
             own_q, own_k, own_v = q_NQHD[where], k_NQKD[where], v_NQKD[where]
             write_pages(self.parts.store, layer, group, own_k, own_v)
+            own_k = own_k[:, : self.chunk.width]
             pages = self._page_tensors(layer, group, tensors, own_q, own_k, where, marks)
             found.append(self._chooser.choose(layer, group, tensors, pages))
         return found
@@ -144,7 +147,7 @@ class PrefillProgram:
     ) -> PageTensors:
         pages = PageTensors(layer, q_nQHD, k_nQKD, tensors.own_tokens, tensors.ordinals)
         if self.parts.method.needs_rope:
-            rope, pages.page_size = self.parts.backbone.rope(layer), self.parts.config.page_size
+            rope, pages.page_size = self.parts.backbone.rope(layer), self.parts.config.page_room
             rope.require((max(group.num_past) + 1) * pages.page_size + self.chunk.width)
             pages.rope = rope.at
         if self.num_bookmarks:
@@ -153,7 +156,7 @@ class PrefillProgram:
                 keys = self._content[0].reshape(keys.shape)
             pages.bookmark_q_NHD, pages.bookmark_k_NKD = marks[0][where], keys[where]
         if self.parts.config.score_rope:
-            rope, size = self.parts.backbone.rope(layer), self.parts.config.page_size
+            rope, size = self.parts.backbone.rope(layer), self.parts.config.page_room
             rope.require(max(group.num_past) * size + 1)
             pages.page_cos, pages.page_sin = rope.at(tensors.ordinals * size)
         return pages

@@ -11,6 +11,7 @@ from ..methods.head_scores import ScoresHeads
 from ..retriever import PageRetriever
 from ..store import DigestIndex, PageStore
 from .backbone import Backbone
+from .visible import require_bookmarks
 
 
 @dataclass
@@ -18,7 +19,8 @@ class PrefillParts:
     """Model, options and store of one engine.
 
     Raises:
-        UserError: each KV head is to choose its own pages, but the method has no scores of heads.
+        UserError: each KV head is to choose its own pages, but the method has no scores of heads; or bookmarks are to
+            be visible, but the method encodes none.
     """
 
     backbone: Backbone
@@ -34,6 +36,7 @@ class PrefillParts:
                 f"Method {self.method.name!r} scores pages for all heads of a layer together. Use "
                 "selection_scope='layer', or method 'retrolm' or 'mean_key'."
             )
+        require_bookmarks(self.config, self.method)
 
     def method_for(self, layer: int) -> PageMethod:
         """The first layers' bookmarks tie, so they choose by recency or by mean keys (D7)."""

@@ -114,7 +114,7 @@ class SetAttention:
     def _set_bytes(self, sets: PageSets) -> int:
         """Memory that the gathered keys and values of the largest set take, or of a page's sets of all KV heads."""
         backbone = self._parts.backbone
-        num_tokens = (max(sets.sizes) + self._group.ids.shape[1]) * self._parts.config.page_size
+        num_tokens = (max(sets.sizes) + self._group.ids.shape[1]) * self._group.table.page_size
         num_sets = backbone.num_kv_heads if sets.by_head else 1
         return 2 * num_sets * num_tokens * backbone.num_kv_heads * backbone.head_dim * backbone.dtype.itemsize
 
@@ -179,7 +179,7 @@ class SetAttention:
             own_starts_nO,
             ends_n,
             int(self._group.lengths[run.rows].sum(1).max()),
-            self._parts.config.page_size,
+            self._group.table.page_size,
             backbone.rope(layer),
             info.window,
             backbone.dtype,

@@ -20,6 +20,7 @@ from .dense_pass import DenseStates
 from .encoder import Encoder
 from .page_batch import PageBatch
 from .page_reading import cut_pages, paged_text
+from .visible import require_invisible
 
 if TYPE_CHECKING:
     from .model import RetroLM
@@ -32,8 +33,9 @@ def streaming_states(lm: RetroLM, retriever: PageRetriever, batch: PageBatch) ->
     Keys and values are zero where there is padding.
 
     Raises:
-        UserError: the budget has no room for the prefix, or for a question.
+        UserError: bookmarks are visible, or the budget has no room for the prefix, or for a question.
     """
+    require_invisible(lm.config, "Reading training texts page by page")
     W, num_text = lm.config.page_size, batch.text_lengths.shape[1]
     ids, starts, lengths = (x.tolist() for x in (batch.tokens_BT, batch.starts_BM, batch.lengths_BM))
     pages = [
@@ -43,7 +45,7 @@ def streaming_states(lm: RetroLM, retriever: PageRetriever, batch: PageBatch) ->
     store = lm.new_store(sum(map(len, pages)))
     parts = lm.encoder_over(store, retriever=retriever).parts
     encoder = Encoder(parts, lm.attachment, retriever.embedding.detach())
-    texts = [paged_text(store, cut, -(-batch.num_prefix // W), W) for cut in pages]
+    texts = [paged_text(store, cut, -(-batch.num_prefix // W), lm.config) for cut in pages]
     places = _Places(W, batch.tokens_BT.shape[1])
     encoder.read(texts)
     for row, text in enumerate(texts):

@@ -20,6 +20,7 @@ from .running import checkpoint_contexts
 from .sparse_pages import SparsePages
 from .sparse_pass import SparseProgram
 from .text_layers import takes_text, text_rows
+from .visible import require_invisible
 
 
 def sparse_program(
@@ -29,7 +30,11 @@ def sparse_program(
 
     Args:
         num_prefix: leading tokens with a page of their own, as in reading documents; 0 = plain text.
+
+    Raises:
+        UserError: bookmarks are visible.
     """
+    require_invisible(config, "A whole text in one pass")
     method = lm.method if isinstance(lm.method, PageMethod) else page_method("retrolm")()
     pages = SparsePages.cut(num_tokens, num_prefix, config.page_size)
     program = SparseProgram(lm.backbone, config, method, lm.retriever, pages, adapter=lm.adapter, **options)

@@ -17,6 +17,7 @@ from ..config import MIN_BUDGET_PAGES, RetroConfig
 from ..errors import UserError
 from .attachment import Attachment
 from .model import RetroLM
+from .visible import require_invisible
 
 SMALLEST_BAR = 1e-4
 STOCK_FACTOR = 3.0
@@ -68,8 +69,10 @@ def verify(lm: RetroLM, input_ids: Tensor, num_generated: int = 16) -> Verificat
     `lm` is detached while the comparison runs; documents read before must be read again.
 
     Raises:
-        UserError: the text doesn't fit the model's window, or is too short for a small budget to leave anything out.
+        UserError: bookmarks are visible, the text doesn't fit the model's window, or it is too short for a small
+            budget to leave anything out.
     """
+    require_invisible(lm.config, "Comparing with the stock model")
     full, small = _budgets(lm, len(input_ids), num_generated)
     lm.detach()
     try:

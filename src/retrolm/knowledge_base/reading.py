@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..engine.chunk import Chunk, text_group
+from ..engine.chunk import Chunk, text_group, text_lengths
 from ..methods import PageTensors, page_method
 from ..paging import PageTable
 from .copying import RECORDS_AT_ONCE
@@ -37,6 +37,7 @@ class ReadText:
 
     Attributes:
         table: its pages; the first `num_kept` of them are pages of `old`, the document it was before.
+        pages: token ids of each page.
         peak_attended: most tokens any page attended. prefill_s: seconds this reading took.
     """
 
@@ -51,6 +52,11 @@ class ReadText:
     num_kept: int = 0
     old: StoredDocument | None = None
 
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each page without its bookmark, int64 [P]."""
+        return torch.tensor([len(page) for page in self.pages])
+
     def entry(self, name: str, source: str, metadata: dict[str, Any]) -> DocumentEntry:
         """Its manifest entry, without what the writer fills in."""
         return DocumentEntry(
@@ -58,7 +64,7 @@ class ReadText:
             name=name,
             source=source,
             sha256=text_sha256(self.text),
-            num_tokens=self.table.num_tokens,
+            num_tokens=sum(map(len, self.pages)),
             num_pages=len(self.table),
             num_sink=self.table.num_sink,
             num_prefix=self.num_prefix,
@@ -105,8 +111,7 @@ def _read_on(
     document = restore(lm, old, lm.new_store(len(pages) - kept))
     encoder, config = document.encoder, lm.config
     ids = torch.cat([document.table.ids[:kept], encoder.parts.store.reserve(len(pages) - kept)])
-    lengths = torch.tensor([len(page) for page in pages])
-    table = PageTable(ids, lengths, document.table.num_sink, config.page_size)
+    table = PageTable(ids, text_lengths(pages, config), document.table.num_sink, config.page_room)
     peak = old.entry.peak_attended
     for first in range(kept, len(pages), config.chunk_pages):
         part = pages[first : first + config.chunk_pages]
@@ -126,7 +131,7 @@ def store_text(read: ReadText, folder: Path) -> dict[str, FileEntry]:
     pages.close()
     index = Index(
         pages.crc32,
-        read.table.lengths.numpy().astype(np.int32),
+        read.lengths.numpy().astype(np.int32),
         np.array(read.spans, np.int64).reshape(-1, 2),
         np.array([token for page in read.pages for token in page], np.int32),
         {layer: to_array(digests_of(read, layer)) for layer in read.encoder.parts.digests.layers()},
@@ -191,6 +196,6 @@ def _mean_keys(read: ReadText, layer: int) -> Tensor:
     for first in range(0, len(read.table), RECORDS_AT_ONCE):
         part = slice(first, first + RECORDS_AT_ONCE)
         keys, _ = _on_device(read, layer, read.table.ids[part], stored=False)
-        lengths = read.table.lengths[part].to(keys.device)
+        lengths = read.lengths[part].to(keys.device)
         found.append(page_method("mean_key")().digest(PageTensors(layer, keys, keys, lengths, lengths)).cpu())
     return torch.cat(found)

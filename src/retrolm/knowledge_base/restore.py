@@ -97,9 +97,8 @@ def _kept(
     encoder = lm.encoder_over(store, config=config, digests=RestoredDigests(store.num_stored, digests))
     entry = stretches[0].document.entry
     lengths = np.concatenate([stretch.document.index.lengths[stretch.skip :] for stretch in stretches])
-    table = PageTable(
-        torch.arange(store.num_stored), torch.from_numpy(lengths.astype(np.int64)), entry.num_sink, config.page_size
-    )
+    stored_lengths = torch.from_numpy(lengths.astype(np.int64)) + config.page_marks
+    table = PageTable(torch.arange(store.num_stored), stored_lengths, entry.num_sink, config.page_room)
     spans = np.concatenate([stretch.document.index.spans[stretch.skip :] for stretch in stretches])
     return KeptDocument(
         lm=lm,

@@ -99,7 +99,7 @@ def _index(repeated: Repeated, crc32: NDArray[np.uint32]) -> Index:
     digests = {layer: to_array(digests_of(read, layer)) for layer in read.encoder.parts.digests.layers()}
     return Index(
         crc32,
-        read.table.lengths.numpy()[source].astype(np.int32),
+        read.lengths.numpy()[source].astype(np.int32),
         repeated.spans,
         np.array([token for page in source.tolist() for token in read.pages[page]], np.int32),
         {layer: _varied(*rows, source, seed=layer) for layer, rows in digests.items()},
