@@ -122,7 +122,7 @@ def test_the_loss_counts_rivals_as_so_many_negatives(select_by: str, weight: flo
         for layer in range(scores.own_LKNP.shape[0])
         for head in range(scores.own_LKNP.shape[1])
     ]
-    assert float(module(batch, frozen).loss) == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    assert float(module(batch, frozen).loss.detach()) == pytest.approx(sum(expected) / len(expected), rel=1e-5)
 
 
 def naive_loss(batch: Stage1Batch, own_NP: torch.Tensor, all_NM: torch.Tensor, weight: float) -> float:
