@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 LABELS = 14  # what the panel's frame and labels take of the width
 
 
-@with_engine_options(max_new_tokens=48)
+@with_engine_options(max_new_tokens=48, adapter="auto")
 def command(
     engine: EngineOptions,
     book: Annotated[bool, typer.Option("--book", help="Read the whole book, not just its opening.")] = False,
@@ -128,7 +128,8 @@ def _picked_by(lm: RetroLM) -> str:
         return f"Pages were picked by {lm.method.name}, which is not trained."
     if lm.retriever is None:
         return "Pages were picked by untrained bookmarks: no trained page retriever for this model is here."
-    return f"Pages were picked by the trained page retriever {lm.retriever_name}."
+    under = "" if lm.adapter is None else f" The model reads with the adapter {lm.adapter.card.name}."
+    return f"Pages were picked by the trained page retriever {lm.retriever_name}.{under}"
 
 
 def _as_json(example: Example, document: Document, answers: list[Answer], model: str, num_pages: int) -> dict[str, Any]:

@@ -22,7 +22,8 @@ SetOption = Annotated[
     typer.Option("--set", help="Any other option of RetroConfig as key=value, or of a method as METHOD.knob=value."),
 ]
 AdapterOption = Annotated[
-    list[str], typer.Option("--adapter", help="Folder of a LoRA adapter (stage 2), or none; may be repeated.")
+    list[str],
+    typer.Option("--adapter", help="LoRA adapter (stage 2): a folder, a shipped one, auto, or none; may be repeated."),
 ]
 
 

@@ -28,18 +28,22 @@ def retrieval(
         typer.Option("--index", help="Training-free page method to compare with; may be repeated.",
                      show_default="all of them"),
     ] = [],  # noqa: B006
-    adapter: Annotated[str, typer.Option(help="Folder of a LoRA adapter (stage 2) on the model, or none.")] = "none",
+    adapter: Annotated[
+        str, typer.Option(help="LoRA adapter (stage 2) on the model: a folder, a shipped one, auto, or none.")
+    ] = "none",
     heatmap: Annotated[int, typer.Option(help="Questions per set to draw as maps of layers and pages.", min=0)] = 0,
 ) -> None:  # fmt: skip
     """Measure page recall on dense prefill: trained retrievers, untrained bookmarks, training-free indexes, oracle."""
     sets.check()
+    from ..engine.shipped_adapters import adapter_for
     from ..evaluation.retrieval.run import run_recall
     from ..evaluation.retrieval.scores import page_indexes
 
     indexes = page_indexes(index)
     lm = load_bare(backbone)
-    if adapter != "none":
-        lm.use_adapter(adapter)
+    folder = adapter_for(lm.backbone, adapter)
+    if folder is not None:
+        lm.use_adapter(folder)
     name = None if lm.adapter is None else lm.adapter.card.name
     facts = {"model": backbone.label, "adapter": name, "seed": sets.seed, **run_provenance()}
     retrievers = load_retrievers(lm, backbone.retriever)

@@ -23,6 +23,7 @@ COMMANDS = {
     "models": ("models", "List the demo models and which of them are here"),
     "methods": ("methods", "List what --method takes: how the budget can be spent"),
     "retriever": ("retriever", "Look at trained page retrievers, pack them smaller, share them"),
+    "adapter": ("adapter", "Look at LoRA adapters of stage 2, pack them smaller, share them"),
     "data": ("data", "Prepare training data"),
     "train": ("train", "Train a page retriever, or the backbone on sparse KV"),
     "verify": ("verify", "Show that RetroLM equals the stock model where it should"),

@@ -50,7 +50,10 @@ class EngineOptions:
     retriever: Annotated[
         str, _option(help="Trained page retriever: a folder, a shipped one, auto (the one for this model), or none.")
     ] = "auto"
-    adapter: Annotated[str, _option(help="LoRA adapter: a folder (stage 2, or PEFT's), or none.")] = "none"
+    adapter: Annotated[
+        str, _option(help="LoRA adapter: a folder (stage 2, or PEFT's), a shipped one, auto (the one for this model), "
+                     "or none.")
+    ] = "none"  # fmt: skip
     method: Annotated[str, _option(help="How the budget is spent (see `retrolm methods`).")] = "retrolm"
     kv_budget: Annotated[int, _option(help="Tokens attended per layer.")] = _DEFAULTS.kv_budget
     page_size: Annotated[int, _option(help="Tokens per page.")] = _DEFAULTS.page_size

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.padding import Padding
-from rich.text import Text
 
 from .options import JsonFlag
-from .screen import OUT, print_json, size
+from .screen import print_json, show_values, size
+
+if TYPE_CHECKING:
+    from ..engine.push import PushPlan
 
 PathArgument = Annotated[
     str, typer.Argument(metavar="PATH", help="Folder of a retriever, or the name of a shipped one.")
@@ -51,7 +52,7 @@ def info(
     num_bytes = found["weights_bytes"]
     found["rank"] = card.rank or "full"
     found["weights_bytes"] = "missing" if num_bytes is None else size(num_bytes)
-    _show(found)
+    show_values(found)
 
 
 @command.command("export")
@@ -89,19 +90,14 @@ def push(
     from ..engine.push import push_retriever
     from ..engine.shipped import resolve_retriever
 
-    plan = push_retriever(resolve_retriever(path), repository, private=private, dry_run=dry_run)
+    show_push(push_retriever(resolve_retriever(path), repository, private=private, dry_run=dry_run), dry_run, as_json)
+
+
+def show_push(plan: PushPlan, dry_run: bool, as_json: bool) -> None:
+    """Say what was uploaded, or would be."""
     if as_json:
         print_json({"repository": plan.repo_id, "files": plan.files, "uploaded": not dry_run})
         return
     for name, num_bytes in plan.files.items():
         print(f"{name}: {size(num_bytes)}")
     print(f"{'Would go' if dry_run else 'Uploaded'} to https://huggingface.co/{plan.repo_id}")
-
-
-def _show(values: dict[str, Any], indent: int = 0) -> None:
-    """Print nested values on stdout, one per line, inner ones further in."""
-    for key, value in values.items():
-        line = f"{key}:" if isinstance(value, dict) else f"{key}: {value}"
-        OUT.print(Padding(Text(line), (0, 0, 0, indent), expand=False))
-        if isinstance(value, dict):
-            _show(value, indent + 2)

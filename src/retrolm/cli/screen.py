@@ -49,6 +49,15 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: 
     OUT.print(table)
 
 
+def show_values(values: dict[str, Any], indent: int = 0) -> None:
+    """Print nested values on stdout, one per line, inner ones further in."""
+    for key, value in values.items():
+        line = f"{key}:" if isinstance(value, dict) else f"{key}: {value}"
+        OUT.print(Padding(Text(line), (0, 0, 0, indent), expand=False))
+        if isinstance(value, dict):
+            show_values(value, indent + 2)
+
+
 @contextmanager
 def waiting(message: str) -> Iterator[None]:
     """Show a spinner on stderr while something of unknown length runs."""

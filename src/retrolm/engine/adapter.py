@@ -150,19 +150,68 @@ def load_adapter(folder: str | Path, backbone: Backbone) -> LoraAdapter:
         UserError: no readable adapter, a kind that can't be honoured, or one of another backbone, with the reason.
     """
     folder = Path(folder)
-    config = _read_json(folder, CONFIG_FILE)
-    _check_kind(folder, config)
-    card = (
-        AdapterCard(**_read_json(folder, CARD_FILE)) if (folder / CARD_FILE).is_file() else AdapterCard({}, folder.name)
-    )
+    config = _read_config(folder)
+    card = read_card(folder)
     check_backbone(card, backbone)
     tensors = _read_tensors(folder)
-    paths = dict.fromkeys(key.rpartition(".lora_")[0] for key in tensors)
-    shapes = {path: _fitting(backbone, path, tensors, folder) for path in paths}
+    shapes = {path: _fitting(backbone, path, tensors, folder) for path in _paths(tensors)}
+    return _filled(shapes, tensors, config, card).place(backbone, backbone.dtype).requires_grad_(False)
+
+
+def read_card(folder: Path) -> AdapterCard:
+    """The card of an adapter; one of another program has none, and says nothing about its backbone.
+
+    Raises:
+        UserError: it can't be read, or isn't a card.
+    """
+    if not (folder / CARD_FILE).is_file():
+        return AdapterCard({}, folder.name)
+    try:
+        return AdapterCard(**_read_json(folder, CARD_FILE))
+    except TypeError:
+        raise UserError(f"{folder / CARD_FILE} is no card of an adapter. Save the adapter again.") from None
+
+
+def describe_adapter(folder: Path) -> dict[str, Any]:
+    """Name, folder, rank, alpha, number of modules, bytes of weights, backbone and details; raises `UserError`."""
+    config, card, tensors = _read_config(folder), read_card(folder), _read_tensors(folder)
+    return {
+        "name": card.name,
+        "folder": str(folder),
+        "rank": config["r"],
+        "alpha": config["lora_alpha"],
+        "num_modules": len(_paths(tensors)),
+        "weights_bytes": _weights_path(folder).stat().st_size,
+        "backbone": card.backbone,
+        "details": card.details,
+    }
+
+
+def export_adapter(folder: Path, out: Path, bits: int) -> Path:
+    """Write an adapter anew into `out` with other bits per weight.
+
+    Raises:
+        UserError: no readable adapter, `bits` that are no choice, or `out` is where it lies.
+    """
+    if out.resolve() == folder.resolve():
+        raise UserError(f"{out} is the adapter itself. Name another folder with --out.")
+    config, tensors = _read_config(folder), _read_tensors(folder)
+    shapes = {p: (tensors[f"{p}.lora_A.weight"].shape[1], len(tensors[f"{p}.lora_B.weight"])) for p in _paths(tensors)}
+    return _filled(shapes, tensors, config, read_card(folder)).save(out, bits)
+
+
+def _filled(
+    shapes: Mapping[str, tuple[int, int]], tensors: dict[str, Tensor], config: dict[str, Any], card: AdapterCard
+) -> LoraAdapter:
     adapter = LoraAdapter(shapes, int(config["r"]), float(config["lora_alpha"]), card)
     for path, pair in zip(adapter.paths, adapter.pairs, strict=True):
         pair.load_state_dict({"down": tensors[f"{path}.lora_A.weight"], "up": tensors[f"{path}.lora_B.weight"]})
-    return adapter.place(backbone, backbone.dtype).requires_grad_(False)
+    return adapter
+
+
+def _paths(tensors: dict[str, Tensor]) -> list[str]:
+    """Modules that an adapter's tensors belong to."""
+    return list(dict.fromkeys(key.rpartition(".lora_")[0] for key in tensors))
 
 
 def check_backbone(card: AdapterCard, backbone: Backbone) -> None:
@@ -229,6 +278,13 @@ def _fitting(backbone: Backbone, path: str, tensors: dict[str, Tensor], folder: 
     return known[path]
 
 
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of an adapter; raises `UserError` for none, or one of a kind that can't be honoured."""
+    config = _read_json(folder, CONFIG_FILE)
+    _check_kind(folder, config)
+    return config
+
+
 def _check_kind(folder: Path, config: dict[str, Any]) -> None:
     kind = config.get("peft_type")
     extra = [key for key in _UNSUPPORTED if config.get(key)] + ["bias"] * (config.get("bias", "none") != "none")
@@ -261,9 +317,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """Float32 tensors by "path.lora_A.weight"; raises `UserError` for what is missing or damaged."""
-    path = next((folder / name for name in (WEIGHTS_FILE, SMALL_WEIGHTS_FILE) if (folder / name).is_file()), None)
-    if path is None:
-        raise UserError(f"{folder} holds no adapter weights: {WEIGHTS_FILE} is missing. Save the adapter again.")
+    path = _weights_path(folder)
     try:
         found = load_file(path)
         plain = {
@@ -274,6 +328,13 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     if not plain or not all(bool(value.isfinite().all()) for value in plain.values()):
         raise UserError(f"{path} is damaged: it is empty or a number isn't finite. Save the adapter again.")
     return {key.removeprefix(_PREFIX): value for key, value in plain.items()}
+
+
+def _weights_path(folder: Path) -> Path:
+    path = next((folder / name for name in (WEIGHTS_FILE, SMALL_WEIGHTS_FILE) if (folder / name).is_file()), None)
+    if path is None:
+        raise UserError(f"{folder} holds no adapter weights: {WEIGHTS_FILE} is missing. Save the adapter again.")
+    return path
 
 
 def _packed(key: str, value: Tensor, bits: int) -> dict[str, Tensor]:

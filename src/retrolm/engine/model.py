@@ -37,6 +37,7 @@ from .prompts import PromptFormat, prompt_format
 from .pull import resolve_model
 from .results import Answer, Retrieval
 from .shipped import find_shipped, resolve_retriever
+from .shipped_adapters import adapter_for
 from .sources import is_ids, tokenise
 from .visible import require_bookmarks
 
@@ -113,7 +114,8 @@ class RetroLM:
             model: Hugging Face id, local folder, or the name of a demo backbone (`retrolm pull`).
             retriever: folder of a trained page retriever; "auto" = the one shipped for this backbone, if any;
                 None = untrained.
-            adapter: folder of a LoRA adapter (stage 2, or PEFT's); bookmark rows go past it.
+            adapter: folder of a LoRA adapter (stage 2, or PEFT's), the name of a shipped one, or "auto" = the one
+                shipped for this backbone, if any; bookmark rows go past it.
             method: name of the method (`retrolm methods`). method_options: its knobs.
             dtype, device_map: as transformers' `from_pretrained`; by default a CUDA device is used if there is one,
                 and demo backbones compute in bfloat16 there (in float32 on a CPU).
@@ -132,8 +134,9 @@ class RetroLM:
         path = find_shipped(lm.backbone) if retriever == "auto" else retriever and resolve_retriever(str(retriever))
         if path is not None:
             lm.use_retriever(path)
-        if adapter is not None:
-            lm.use_adapter(adapter)
+        folder_of_adapter = None if adapter is None else adapter_for(lm.backbone, adapter)
+        if folder_of_adapter is not None:
+            lm.use_adapter(folder_of_adapter)
         return lm
 
     def use_retriever(self, retriever: PageRetriever | str | Path) -> None:

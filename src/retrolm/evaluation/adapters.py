@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.adapter import LoraAdapter, load_adapter
+from ..engine.shipped_adapters import adapter_for
+from ..errors import UserError
 from .variants import OpenVariant, Variant, VariantLoader, retriever_digest
 
 NO_ADAPTER = "none"
@@ -16,7 +18,7 @@ NO_ADAPTER = "none"
 
 @dataclass(frozen=True)
 class AdaptedVariant(Variant):
-    """A variant with an adapter on the model; `adapter` is its folder."""
+    """A variant with an adapter on the model; `adapter` is its folder, a shipped name or "auto"."""
 
     adapter: str = NO_ADAPTER
 
@@ -51,5 +53,8 @@ class AdapterLoader(VariantLoader):
 
     def _adapter(self, opened: OpenVariant, folder: str) -> LoraAdapter:
         if folder not in self._adapters:
-            self._adapters[folder] = load_adapter(folder, opened.lm.backbone)
+            path = adapter_for(opened.lm.backbone, folder)
+            if path is None:
+                raise UserError("No adapter is shipped for this model. Give the folder of one, or --adapter none.")
+            self._adapters[folder] = load_adapter(path, opened.lm.backbone)
         return self._adapters[folder]
