@@ -68,6 +68,7 @@ def test_it_is_a_cache_of_pages(slots: int, most: int) -> None:
         if not len(ids):
             continue
         before, wanted = resident(pages), set(ids.tolist())
+        pages.want(ids.to(DEVICE), torch.arange(num_pages, device=DEVICE))
         keys, values = pages.read(ids)
         expected = torch.tensor([held[page] for page in ids.tolist()])[:, None, None, None].expand(keys.shape)
         assert torch.equal(keys.cpu(), expected) and torch.equal(values, -keys)
@@ -81,15 +82,15 @@ def test_it_is_a_cache_of_pages(slots: int, most: int) -> None:
         last_use.update(dict.fromkeys(wanted, step))
 
 
-def test_what_is_located_is_brought_once_and_pages_in_use_stay() -> None:
+def test_what_is_wanted_is_brought_once_and_pages_in_use_stay() -> None:
     pages = make(slots=3, num_pages=12)
     ids = torch.arange(12)
     pages.write(ids, *halves(ids, 0.0))
     pages.settle()
     table = torch.arange(11, -1, -1, device=DEVICE)  # ordinal o is page 11 - o
-    pages.locate(torch.tensor([[0, 1], [-1, 1]], device=DEVICE), table, table[:2, None])
+    pages.want(torch.tensor([[0, 1], [-1, 1]], device=DEVICE), table)
     assert resident(pages) == {11, 10} and pages.reads() == (2, 2)
-    pages.locate(torch.tensor([[1, 2], [1, 3]], device=DEVICE), table, table[:2, None])
+    pages.want(torch.tensor([[1, 2], [1, 3]], device=DEVICE), table)
     assert resident(pages) == {10, 9, 8} and pages.reads() == (5, 4)
 
 
@@ -99,7 +100,7 @@ def test_fresh_pages_are_read_where_they_were_computed() -> None:
     keys, values = halves(ids, 0.0)
     pages.write(ids, keys, values)
     assert pages._table[:, ids].tolist() == [[x[0].data_ptr(), x[1].data_ptr()] for x in (keys, values)]
-    pages.read(ids)
+    pages.want(ids.to(DEVICE), torch.arange(4, device=DEVICE))
     assert resident(pages) == set() and pages.reads() == (2, 0)
     pages.settle()
     assert torch.equal(pages._table, pages._home)

@@ -47,6 +47,8 @@ class SetAttention:
         """Fill the output of the group's `rows`."""
         if sets.num_dense:
             self._attend_block(call, on, sets.num_dense, rows)
+        if sets.picked_nS is not None:
+            self._parts.store.want(call.layer, sets.picked_nS, on.table_ids)
         for run in self._runs_of(call.layer, sets):
             self._attend_run(call, on, sets, run, rows)
 

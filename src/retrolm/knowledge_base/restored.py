@@ -68,6 +68,9 @@ class RestoredStore(PageStore):
         own = self._fresh._read(layer, ids[new.to(ids.device)] - self.num_stored)
         return _joined(there, own[0], first), _joined(there, own[1], second)
 
+    def want(self, layer: int, picked_nS: Tensor, ids_P: Tensor) -> None:
+        """Nothing is read from disk before it is read from here."""
+
     def bytes(self) -> StoreBytes:
         fresh = self._fresh.bytes()
         page_bytes = self.layout.page_bytes * self.layout.num_layers

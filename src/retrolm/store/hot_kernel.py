@@ -52,31 +52,32 @@ def _send_home(ids, num, table, home, slot_of, num_pages, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num", "clock"])
 def _ask(
-    wanted, ids, num, slot_of, used, asked, missing, counts, clock, LISTED: tl.constexpr, BLOCK: tl.constexpr
+    wanted, ids, num, slot_of, used, asked, missing, counts, clock, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Note that pages are used now; list each one that is in host memory alone, once.
 
-    `counts`: pages missing in this call, pages ever asked for, pages ever missing.
+    `counts`: pages missing in calls of even and of odd clocks, pages ever asked for, pages ever missing.
     """
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < num
     page = tl.load(wanted + at, mask=inside, other=-1)
     inside &= page >= 0
-    if LISTED:
-        page = tl.load(ids + page, mask=inside, other=0)
+    page = tl.load(ids + page, mask=inside, other=0)
     slot = tl.load(slot_of + page, mask=inside, other=_ELSEWHERE)
     tl.store(used + slot, clock, mask=slot >= 0)
     new = inside & (tl.atomic_xchg(asked + page, clock, mask=inside) != clock)
     absent = new & (slot == _AT_HOME)
-    place = tl.atomic_add(counts + tl.zeros_like(at), 1, mask=absent)
+    place = tl.atomic_add(counts + clock % 2 + tl.zeros_like(at), 1, mask=absent)
     tl.store(missing + place, page, mask=absent)
-    tl.atomic_add(counts + 1, tl.sum(new.to(tl.int64), 0))
-    tl.atomic_add(counts + 2, tl.sum(absent.to(tl.int64), 0))
+    tl.atomic_add(counts + 2, tl.sum(new.to(tl.int64), 0))
+    tl.atomic_add(counts + 3, tl.sum(absent.to(tl.int64), 0))
 
 
-@triton.jit(do_not_specialize=["num_slots"])
-def _rank(used, order, num_slots, BLOCK: tl.constexpr):
-    """The slots from the one used longest ago to the one used last."""
+@triton.jit(do_not_specialize=["clock", "num_slots"])
+def _rank(used, order, counts, clock, num_slots, BLOCK: tl.constexpr):
+    """The slots from the one used longest ago to the one used last; the next call's count begins at 0."""
+    if tl.program_id(0) == 0:
+        tl.store(counts + (clock + 1) % 2, 0)
     mine = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = mine < num_slots
     key = tl.load(used + mine, mask=inside, other=0) * num_slots + mine
@@ -96,7 +97,7 @@ def _assign(
 ):  # fmt: skip
     """Give missing pages the slots used longest ago, none that is used now; `jobs`: what to copy where, 0 = nothing."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    listed = at < tl.minimum(tl.load(counts), most)
+    listed = at < tl.minimum(tl.load(counts + clock % 2), most)
     fits = listed & (at < num_slots)
     page = tl.load(missing + at, mask=fits, other=0)
     slot = tl.load(order + at, mask=fits, other=0)
@@ -117,9 +118,9 @@ def _assign(
         tl.store(jobs + (2 * part + 1) * most + at, target, mask=listed)
 
 
-@triton.jit(do_not_specialize=["most"])
-def _bring(jobs, counts, most, words, blocks, BLOCK: tl.constexpr):
-    num = tl.minimum(tl.load(counts), most) * 2 * blocks
+@triton.jit(do_not_specialize=["clock", "most"])
+def _bring(jobs, counts, clock, most, words, blocks, BLOCK: tl.constexpr):
+    num = tl.minimum(tl.load(counts + clock % 2), most) * 2 * blocks
     for job in range(tl.program_id(0), num, tl.num_programs(0)):
         item = job // blocks
         at = (job % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -151,28 +152,27 @@ def send_home(ids: Tensor, table: Tensor, home: Tensor, slot_of: Tensor) -> None
 
 
 def bring(
-    wanted: Tensor, ids_P: Tensor | None, table: Tensor, home: Tensor, slots: Tensor, slot_of: Tensor,
+    picked: Tensor, ids_P: Tensor, table: Tensor, home: Tensor, slots: Tensor, slot_of: Tensor,
     page_in: Tensor, used: Tensor, asked: Tensor, counts: Tensor, clock: int, half: int,
 ) -> None:  # fmt: skip
-    """Copy wanted pages from host memory to the slots used longest ago, as many as there are slots not used now.
+    """Copy picked pages from host memory to the slots used longest ago, as many as there are slots not used now.
 
     Args:
-        wanted: page numbers, or ordinals if `ids_P` says which page each is; negative = none. Contiguous.
-        counts: int64 [3], see `_ask`. clock: a number larger than in all calls before. half: bytes of half a record.
+        picked: ordinals, negative = none; contiguous. ids_P: which page each ordinal is.
+        counts: int64 [4], see `_ask`. clock: one more than in the call before. half: bytes of half a record.
     """
-    most, num_slots = wanted.numel(), len(page_in)
+    most, num_slots = picked.numel(), len(page_in)
     scratch = torch.empty(5 * most + num_slots, dtype=torch.int64, device=table.device)
     missing, jobs, order = scratch.split([most, 4 * most, num_slots])
-    counts[:1].zero_()
     blocks = triton.cdiv(half // 8, _WORDS)
     with torch.cuda.device_of(table):
         _ask[(triton.cdiv(most, _BLOCK),)](
-            wanted, wanted if ids_P is None else ids_P, most, slot_of, used, asked, missing, counts, clock,
-            LISTED=ids_P is not None, BLOCK=_BLOCK, num_warps=4,
-        )  # fmt: skip
-        _rank[(triton.cdiv(num_slots, _BLOCK),)](used, order, num_slots, BLOCK=_BLOCK, num_warps=4)
+            picked, ids_P, most, slot_of, used, asked, missing, counts, clock, BLOCK=_BLOCK, num_warps=4
+        )
+        _rank[(triton.cdiv(num_slots, _BLOCK),)](used, order, counts, clock, num_slots, BLOCK=_BLOCK, num_warps=4)
         _assign[(triton.cdiv(most, _BLOCK),)](
             missing, counts, most, order, used, page_in, slot_of, table, home, slots, jobs, clock,
             table.shape[1], num_slots, BLOCK=_BLOCK, num_warps=4,
         )  # fmt: skip
-        _bring[(min(_PROGRAMS, 2 * most * blocks),)](jobs, counts, most, half // 8, blocks, BLOCK=_WORDS, num_warps=8)
+        grid = (min(_PROGRAMS, 2 * most * blocks),)
+        _bring[grid](jobs, counts, clock, most, half // 8, blocks, BLOCK=_WORDS, num_warps=8)

@@ -35,7 +35,7 @@ class HotPages:
         self._clock = 0
         self._fresh: list[Tensor] = []
         self._page_in, self._used, self._slot_of, self._asked = (self._none() for _ in range(4))
-        self._counts = torch.zeros(3, dtype=torch.int64, device=device)
+        self._counts = torch.zeros(4, dtype=torch.int64, device=device)
         self._table = self._home = torch.empty(2, 0, dtype=torch.int64, device=device)
 
     def grow(self, num_pages: int) -> None:
@@ -73,35 +73,35 @@ class HotPages:
         self._fresh.clear()
 
     def read(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the halves of pages `ids` on the device."""
-        ids = ids.to(self._device, non_blocking=True).contiguous()
-        self._bring(ids, None)
-        shape, half = (len(ids), *self._layout.stored_shape), self._layout.page_bytes // 2
-        halves = [torch.empty(shape, dtype=self._layout.stored_dtype, device=self._device) for _ in range(2)]
-        steps = torch.arange(len(ids), device=self._device) * half
-        targets = torch.cat([steps + part.data_ptr() for part in halves])
+        """Return the halves of pages `ids` on the device, from wherever they are; what is read whole takes no slots."""
+        ids, half = ids.to(self._device, non_blocking=True), self._layout.page_bytes // 2
+        shape = (2, len(ids), *self._layout.stored_shape)
+        halves = torch.empty(shape, dtype=self._layout.stored_dtype, device=self._device)
+        first = halves.data_ptr()
+        targets = torch.arange(first, first + halves.nbytes, half, device=self._device)
         copy_records(self._table[:, ids].flatten(), targets, half, MANY_PROGRAMS)
         return halves[0], halves[1]
 
+    def want(self, picked_nS: Tensor, ids_P: Tensor) -> None:
+        """Bring pages to the device: ordinals, -1 = none, and which page each ordinal is."""
+        from .hot_kernel import bring
+
+        if not picked_nS.numel():
+            return
+        self._clock += 1
+        bring(
+            picked_nS.contiguous(), ids_P, self._table, self._home, self.slabs.table(), self._slot_of, self._page_in,
+            self._used, self._asked, self._counts, self._clock, self._layout.page_bytes // 2,
+        )  # fmt: skip
+
     def locate(self, picked_nS: Tensor, ids_P: Tensor, own_nO: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Bring pages to the device and say where they stand (`PageStore._locate`)."""
-        if picked_nS.numel():
-            self._bring(picked_nS.contiguous(), ids_P)
+        """Say where pages stand (`PageStore._locate`), wanted or not."""
         return self._table, picked_nS, ids_P, own_nO
 
     def reads(self) -> tuple[int, int]:
-        """Pages asked for so far, each once per read, and those of them that were in host memory alone."""
-        _, read, missed = self._counts.tolist()
+        """Pages asked for so far, each once per `want`, and those of them that were in host memory alone."""
+        read, missed = self._counts[2:].tolist()
         return read, missed
-
-    def _bring(self, wanted: Tensor, ids_P: Tensor | None) -> None:
-        from .hot_kernel import bring
-
-        self._clock += 1
-        bring(
-            wanted, ids_P, self._table, self._home, self.slabs.table(), self._slot_of, self._page_in, self._used,
-            self._asked, self._counts, self._clock, self._layout.page_bytes // 2,
-        )  # fmt: skip
 
     def _none(self) -> Tensor:
         return torch.empty(0, dtype=torch.int64, device=self._device)

@@ -181,6 +181,10 @@ class PageStore(ABC):
         """Return the two halves of stored pages, [N, *stored_shape] each, on the layer's device."""
 
     @abstractmethod
+    def want(self, layer: int, picked_nS: Tensor, ids_P: Tensor) -> None:
+        """Start bringing what `gather_rotated` is asked for next, in one call or several; changes no result."""
+
+    @abstractmethod
     def bytes(self) -> StoreBytes:
         """Bytes held now."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Iterator
 
 import torch
@@ -79,9 +80,10 @@ class PinnedSlabs(Slabs):
 
     def _runs(self, ids: Tensor) -> Iterator[tuple[int, int, slice]]:
         """Runs of pages that lie behind each other in one slab: slab, first place in it, places in `ids`."""
-        slabs = torch.bucketize(ids, self._bounds, right=True)
-        breaks = (ids.diff() != 1) | (slabs.diff() != 0)
-        starts = [0, *(breaks.nonzero().flatten() + 1).tolist()]
-        for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
-            slab = int(slabs[start])
-            yield slab, int(ids[start]) - self._first[slab], slice(start, stop)
+        pages, start = ids.tolist(), 0
+        for stop in range(1, len(pages) + 1):
+            if stop < len(pages) and pages[stop] == pages[stop - 1] + 1 and pages[stop] not in self._first:
+                continue
+            slab = bisect_right(self._first, pages[start]) - 1
+            yield slab, pages[start] - self._first[slab], slice(start, stop)
+            start = stop

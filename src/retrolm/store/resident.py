@@ -29,5 +29,8 @@ class ResidentStore(PageStore):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self._layers[layer].table(), picked_nS, ids_P, own_nO
 
+    def want(self, layer: int, picked_nS: Tensor, ids_P: Tensor) -> None:
+        """Nothing to bring: all pages are where they are needed."""
+
     def bytes(self) -> StoreBytes:
         return StoreBytes(device=self.num_used * self.layout.page_bytes * self.layout.num_layers, host=0)

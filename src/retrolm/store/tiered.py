@@ -55,6 +55,8 @@ class DeviceTier(Protocol):
         self, picked_nS: Tensor, ids_P: Tensor, own_nO: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None: ...
 
+    def want(self, picked_nS: Tensor, ids_P: Tensor) -> None: ...
+
     def reads(self) -> tuple[int, int]: ...
 
 
@@ -100,6 +102,9 @@ class TieredStore(PageStore):
         self, layer: int, picked_nS: Tensor, ids_P: Tensor, own_nO: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         return self._tiers[layer].locate(picked_nS, ids_P, own_nO)
+
+    def want(self, layer: int, picked_nS: Tensor, ids_P: Tensor) -> None:
+        self._tiers[layer].want(picked_nS, ids_P)
 
     def bytes(self) -> StoreBytes:
         host = self.num_used * self.layout.page_bytes * self.layout.num_layers
@@ -213,6 +218,9 @@ class LayerCache:
         self._load(unique)
         slots = self._slot_of[ids].to(self._device, non_blocking=True)
         return self.slabs.table(), picked_nS[:, :0], ids_P, slots
+
+    def want(self, picked_nS: Tensor, ids_P: Tensor) -> None:
+        """Nothing: `locate` brings them, as many as fit together."""
 
     def reads(self) -> tuple[int, int]:
         """Pages asked for so far, and those of them that were not on the device."""
