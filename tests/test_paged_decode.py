@@ -60,9 +60,10 @@ def ask(
     return answers, torch.stack(keep.steps or [torch.zeros(0)]), meter.by_sample()
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-mqa", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "llama-mqa", "qwen2", "qwen3", "phi3"])
 @pytest.mark.parametrize(("method", "knobs"), COLUMNS)
 def test_the_loop_does_what_generate_does(method: str, knobs: dict[str, Any], family: str) -> None:
+    """In the engine's own layers, and (Phi-3) in the model's."""
     fast, logits, seen = ask(family, method, knobs, "fast")
     plain, expected, exposure = ask(family, method, knobs, "plain")
     assert (logits - expected).abs().max() < 1e-6 and seen == pytest.approx(exposure)
@@ -70,7 +71,8 @@ def test_the_loop_does_what_generate_does(method: str, knobs: dict[str, Any], fa
         assert one.token_ids == other.token_ids
         assert one.attended_by_layer == other.attended_by_layer and one.attended_tokens == other.attended_tokens
         assert one.kv_bytes == other.kv_bytes and one.max_position == other.max_position
-        assert one.decode_path.endswith("no graph") and other.decode_path == "generate"
+        layers = "stock" if family == "phi3" else "fused"
+        assert one.decode_path == f"{layers} layers, no graph" and other.decode_path == "generate"
 
 
 def test_answers_end_alike_and_are_streamed_alike() -> None:

@@ -107,16 +107,14 @@ class FusedStep:
         cos, sin = self._cos[cache.positions_B], self._sin[cache.positions_B]
         for layer, module in enumerate(self._decoder.layers):
             x_BE = self._attention(layer, module, x_BE, cos, sin)
-            x_BE = _mlp(module, x_BE)
+            x_BE = mlp(module, x_BE)
         cache.advance()
-        return project(_norm(self._decoder.norm, x_BE), [self._head.weight], [self._head.bias])
+        return project(norm(self._decoder.norm, x_BE), [self._head.weight], [self._head.bias])
 
     def _attention(self, layer: int, module: Any, x_BE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cache, attention = self._cache, module.self_attn
         keys, values = cache.keys[layer], cache.values[layer]
-        parts = [attention.q_proj, attention.k_proj, attention.v_proj]
-        normed = _norm(module.input_layernorm, x_BE)
-        qkv = project(normed, [part.weight for part in parts], [part.bias for part in parts])
+        qkv = project_heads(module, x_BE)
         norms = (attention.q_norm.weight, attention.k_norm.weight) if hasattr(attention, "q_norm") else None
         eps = module.input_layernorm.variance_epsilon
         q_BHD = place_heads(qkv, cos, sin, keys, values, cache.index, norms, eps)
@@ -125,14 +123,24 @@ class FusedStep:
         return project(out.flatten(1), [attention.o_proj.weight], [attention.o_proj.bias], x_BE)
 
 
-def _mlp(module: Any, x_BE: Tensor) -> Tensor:
-    mlp = module.mlp
-    normed = _norm(module.post_attention_layernorm, x_BE)
-    inner = gated(normed, mlp.gate_proj.weight, mlp.up_proj.weight, (mlp.gate_proj.bias, mlp.up_proj.bias))
-    return project(inner, [mlp.down_proj.weight], [mlp.down_proj.bias], x_BE)
+def project_heads(module: Any, x_BE: Tensor) -> Tensor:
+    """A decoder layer's norm and its three projections side by side, [B, N]."""
+    attention = module.self_attn
+    parts = [attention.q_proj, attention.k_proj, attention.v_proj]
+    normed = norm(module.input_layernorm, x_BE)
+    return project(normed, [part.weight for part in parts], [part.bias for part in parts])
 
 
-def _norm(module: Any, x_BE: Tensor) -> Tensor:
+def mlp(module: Any, x_BE: Tensor) -> Tensor:
+    """A decoder layer's second half, with its residual."""
+    own = module.mlp
+    normed = norm(module.post_attention_layernorm, x_BE)
+    inner = gated(normed, own.gate_proj.weight, own.up_proj.weight, (own.gate_proj.bias, own.up_proj.bias))
+    return project(inner, [own.down_proj.weight], [own.down_proj.bias], x_BE)
+
+
+def norm(module: Any, x_BE: Tensor) -> Tensor:
+    """A root-mean-square norm module's output."""
     return rms_norm(x_BE, module.weight, module.variance_epsilon)
 
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from ..methods.retro_exposure import Revises
 from ..methods.token_base import TokenMethod
 from ..methods.token_pages import PagedTokenMethod
+from .adapter import adapter_hooks
 from .backbone import Backbone
+from .decode_step import fused_obstacle
 from .fast_decode import Runner
 from .paged_cache import PagedCache
-from .paged_step import PagedProgram, PagedStep
+from .paged_step import FusedPagedStep, PagedProgram, PagedStep
 
 
 def paged_obstacle(backbone: Backbone, method: TokenMethod) -> str | None:
@@ -24,16 +26,23 @@ def paged_obstacle(backbone: Backbone, method: TokenMethod) -> str | None:
 
 @dataclass(frozen=True)
 class PagedRunners:
-    """Builds runners of one method and budget; two of the same build the same."""
+    """Builds runners of one method and budget; two of the same build the same.
+
+    Attributes:
+        fused: fused layers wherever the model has them.
+    """
 
     method: PagedTokenMethod
     kv_budget: int
+    fused: bool = True
 
     def __call__(self, backbone: Backbone, batch: int, places: int) -> Runner:
         """See `DecodeRequest.runners`."""
         cache = PagedCache(backbone, self.method, batch, places)
         program = PagedProgram(cache, self.kv_budget)
-        return Runner(backbone, cache, program, PagedStep(backbone, cache, program))
+        plain = fused_obstacle(backbone) is None and not adapter_hooks(backbone.model)
+        step = (FusedPagedStep if plain and self.fused else PagedStep)(backbone, cache, program)
+        return Runner(backbone, cache, program, step)
 
 
 def note_exposure(cache: PagedCache) -> None:

@@ -6,12 +6,16 @@ Shape letters as in `paged_cache`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..ops.decode_layer import project
 from ..ops.paged_attention import PagesToRead, attend_pages, gather_pages, page_bounds
+from ..ops.rotary import rotate
 from .backbone import Backbone
+from .decode_step import mlp, norm, project_heads
 from .paged_cache import PagedCache, PagedLayer
 
 
@@ -109,13 +113,47 @@ class PagedStep:
         cache = self._cache
         cache.recent_BQ.copy_(torch.cat([cache.recent_BQ[:, 1:], cache.tokens_B[:, None]], 1))
         self._program.at = place_of_step(cache)
-        found = self._backbone.model(
-            input_ids=cache.recent_BQ,
-            position_ids=self._program.at.true_BQ.clamp(min=0),
-            use_cache=False,
-            logits_to_keep=1,
-        )
+        logits_BV = self._logits(cache.recent_BQ, self._program.at.true_BQ.clamp(min=0))
         cache.positions_B.add_(1)
         cache.step.add_(1)
+        return logits_BV
+
+    def _logits(self, tokens_BQ: Tensor, positions_BQ: Tensor) -> Tensor:
+        """Those behind the last token of each row, [B, vocabulary]."""
+        found = self._backbone.model(input_ids=tokens_BQ, position_ids=positions_BQ, use_cache=False, logits_to_keep=1)
         logits: Tensor = found.logits[:, -1]
         return logits
+
+
+class FusedPagedStep(PagedStep):
+    """The same with the layers of a Llama-type model (`fused_obstacle`), on the weights that its modules hold."""
+
+    layers = "fused layers"
+
+    def __init__(self, backbone: Backbone, cache: PagedCache, program: PagedProgram) -> None:
+        super().__init__(backbone, cache, program)
+        self._head: Any = backbone.model.get_output_embeddings()
+        # A captured graph keeps addresses, and the shared table moves when it grows: this step has its own.
+        backbone.require_positions(cache.places)
+        positions = torch.arange(cache.places, device=backbone.device)
+        self._cos, self._sin = (x.clone() for x in backbone.rope(0).at(positions))
+
+    def _logits(self, tokens_BQ: Tensor, positions_BQ: Tensor) -> Tensor:
+        decoder, shape = self._backbone.decoder, tokens_BQ.shape
+        x_NE = decoder.embed_tokens(tokens_BQ).flatten(0, 1)
+        turn = self._cos[positions_BQ][:, None], self._sin[positions_BQ][:, None]
+        for layer, module in enumerate(decoder.layers):
+            x_NE = mlp(module, self._attention(layer, module, x_NE, turn))
+        newest_BE = x_NE.unflatten(0, shape)[:, -1].contiguous()
+        return project(norm(decoder.norm, newest_BE), [self._head.weight], [self._head.bias])
+
+    def _attention(self, layer: int, module: Any, x_NE: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+        backbone, attention = self._backbone, module.self_attn
+        K, D, Q = backbone.num_kv_heads, backbone.head_dim, turn[0].shape[2]
+        heads_NHD = project_heads(module, x_NE).unflatten(-1, (-1, D))
+        q, k, v = heads_NHD.split([backbone.num_heads, K, K], 1)
+        if hasattr(attention, "q_norm"):
+            q, k = norm(attention.q_norm, q), norm(attention.k_norm, k)
+        q, k, v = (x.unflatten(0, (-1, Q)).transpose(1, 2) for x in (q, k, v))
+        out_BQHD = self._program.attend(layer, rotate(q, *turn), rotate(k, *turn), v, D**-0.5, None)
+        return project(out_BQHD.flatten(0, 1).flatten(1), [attention.o_proj.weight], [attention.o_proj.bias], x_NE)
