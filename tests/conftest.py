@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 
 from cli_runner import Desk
 from tiny_folder import save_tiny_model, write_story
@@ -13,3 +16,12 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
     """One model and text for all tests that only read them."""
     folder = tmp_path_factory.mktemp("desk")
     return Desk(folder, save_tiny_model(folder / "model"), write_story(folder / "story.txt"))
+
+
+@pytest.fixture
+def exact_matmul() -> Iterator[None]:
+    """On a GPU, where TF32 would round what is compared."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before

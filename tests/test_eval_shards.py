@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import socket
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -98,6 +99,14 @@ def test_shards_get_a_gpu_each_or_the_processors_of_a_machine() -> None:
         shard_resources([(16, 4)], 5)
     with pytest.raises(UserError, match="2 CPUs"):
         shard_resources([(2, 0)], 3)
+
+
+def test_an_address_where_nobody_listens_is_refused_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
+        with pytest.raises(UserError, match=rf"No Ray cluster can be used at '{address}' .*refused"):
+            RayShards(address, LocalAnswerer, {})
 
 
 def test_ray_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

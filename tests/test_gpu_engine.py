@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,20 +16,11 @@ from test_against_naive import random_retriever
 from tiny_models import MODELS, ORIGINAL, random_ids, stock_logits, tiny_model
 from tiny_tokenizer import STORY, tiny_tokenizer
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_matmul")]
 
 W, BUDGET = 8, 40
 PAGE_BYTES = 2 * W * 2 * 12 * 8 * 4  # K and V, tokens, KV heads, head dim, float64, layers
 FAMILIES = ["llama", "mistral-sliding", "qwen2", "qwen3", "phi3", "gemma2", "gemma3"]
-
-
-@pytest.fixture(autouse=True)
-def exact_matmul() -> Iterator[None]:
-    """TF32 would round what is compared here."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def make(

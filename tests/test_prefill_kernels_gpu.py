@@ -5,7 +5,6 @@ They run on a GPU, or on a CPU with TRITON_INTERPRET=1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -35,13 +34,9 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, to
 
 
 @pytest.fixture(autouse=True)
-def kernels_everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def kernels_everywhere(monkeypatch: pytest.MonkeyPatch, exact_matmul: None) -> None:
     """Also in the interpreter, on a CPU; products in full precision."""
     monkeypatch.setattr(gather, "runs_on", lambda device: True)
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def noise(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

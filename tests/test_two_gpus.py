@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from tiny_tokenizer import STORY, tiny_tokenizer
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("exact_matmul"),
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
 
@@ -39,15 +39,6 @@ STORES: dict[str, dict[str, Any]] = {
     "8 bits": {"store_bits": 8},
     "tiered, 8 bits": {"store_bits": 8, "device_kv_bytes": SLOTS * 2 * W * 2 * 12 * 4 * 4},
 }
-
-
-@pytest.fixture(autouse=True)
-def exact_matmul() -> Iterator[None]:
-    """TF32 would round what is compared here."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def split(model: Any) -> Any:

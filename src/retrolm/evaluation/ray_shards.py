@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Collection, Iterable, Iterator
 from types import TracebackType
 from typing import Any
@@ -13,6 +14,7 @@ from .shards import MAX_LOSSES, LostShardError, share_out
 from .variants import Variant
 
 LOCAL = "local"
+_CONNECT_S = 5.0
 
 
 class RayShards:
@@ -128,6 +130,7 @@ def _connected(address: str) -> Any:
         import ray
     except ImportError:
         raise UserError("--ray needs Ray: pip install 'retrolm[ray]'.") from None
+    _require_listener(address)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "ignore_reinit_error": False}
     try:
         if address == LOCAL:
@@ -138,6 +141,17 @@ def _connected(address: str) -> Any:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"No Ray cluster can be used at {address!r} ({reason}). Give its address, or local.") from None
     return ray
+
+
+def _require_listener(address: str) -> None:
+    """Raise `UserError` where nobody listens at HOST:PORT or ray://HOST:PORT, which Ray itself finds out in minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), _CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"No Ray cluster can be used at {address!r} ({error}). Give its address, or local.") from None
 
 
 def _plan(ray: Any, num_shards: int | None) -> tuple[dict[str, float], int]:
