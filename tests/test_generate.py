@@ -45,9 +45,19 @@ def test_greedy_tokens_equal_generate(name: str, num_tokens: int) -> None:
 
 
 def test_phi3_generating_past_its_original_window() -> None:
-    """The stock model reads its prompt anew there; a compact cache must not be thrown away."""
-    model = tiny_model("phi3")
-    found, expected = both(model, random_ids(ORIGINAL - 5)[None], max_new_tokens=30, do_sample=False)
+    """The stock model throws its cache away there; a compact cache must stay. (In transformers 5.17 it goes on with the
+    last token alone, so the stock model answers without a cache here.)"""
+    model, ids = tiny_model("phi3"), random_ids(ORIGINAL - 5)[None]
+    with wide_softmax():
+        found = attach(model).generate(ids, max_new_tokens=30, do_sample=False)
+        expected = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=30,
+            do_sample=False,
+            use_cache=False,
+            pad_token_id=EOS,
+        )
     assert found.tolist() == expected.tolist()
 
 
