@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ from tiny_models import random_ids
 from tiny_tokenizer import tiny_tokenizer
 
 WORKER = Path(__file__).with_name("stage2_run_worker.py")
+DATA_PARALLEL = Path(__file__).parents[1] / "configs" / "accelerate" / "data-parallel.yaml"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -83,10 +85,18 @@ def test_stopping_by_time_and_going_on(changes: dict[str, Any], documents: Path,
     assert all(torch.equal(value, two[key]) for key, value in one.items())
 
 
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
 def test_two_processes_equal_one(documents: Path, tmp_path: Path) -> None:
+    """By the configuration file that comes along, here on a CPU."""
     settings = {"lr": 1e-3, "accumulate": 4, "num_steps": 4, "log_every": 1, "dev_every": 2}
     assert tiny_stage2_trainer(tmp_path / "one", documents, **settings).run()
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(WORKER)]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(DATA_PARALLEL)]
+    launch += ["--main_process_port", str(free_port()), str(WORKER)]
     command = [*launch, str(documents), str(tmp_path / "two"), *(f"{key}={value}" for key, value in settings.items())]
     environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
