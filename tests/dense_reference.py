@@ -16,11 +16,24 @@ from torch import Tensor
 
 @dataclass
 class Sequence:
-    """Token ids with the places of the pages: (first token, tokens), the question last; `num_prefix` sink tokens."""
+    """Token ids with the places of the pages: (first token, tokens), the question last; `num_prefix` sink tokens.
+
+    With `visible` bookmarks tokens see those of pages before theirs, and `pages` begins with the pages of the prefix.
+    """
 
     ids: Tensor
     num_prefix: int
     pages: list[tuple[int, int]]
+    visible: bool = False
+
+    @property
+    def num_sinks(self) -> int:
+        """Pages that are sinks."""
+        return max(self.num_prefix_pages, 1)
+
+    @property
+    def num_prefix_pages(self) -> int:
+        return sum(start + length <= self.num_prefix for start, length in self.pages)
 
 
 def reference_scores(model: Any, sequence: Sequence, bookmark: Tensor, deltas: dict[tuple[int, str], Tensor]) -> Tensor:
@@ -41,7 +54,7 @@ def reference_scores(model: Any, sequence: Sequence, bookmark: Tensor, deltas: d
         out = _attend(model, index, q, k, v, distance, allowed)
         group = heads // k.shape[1]
         asked = q[-1].reshape(k.shape[1], group, dim).sum(1)
-        scores.append((k[T:-1] * asked).sum((1, 2)) / (heads * dim) ** 0.5)
+        scores.append((k[T + sequence.num_prefix_pages : -1] * asked).sum((1, 2)) / (heads * dim) ** 0.5)
         rows = _finish(layer, rows, out.reshape(T + M, -1))
     return torch.stack(scores)
 
@@ -85,6 +98,8 @@ def _window(config: Any, index: int) -> int | None:
 
 def _pairs(sequence: Sequence, window: int | None) -> tuple[Tensor, Tensor]:
     """Relative position and permission of every (query row, key row), [T + M, T + M]."""
+    if sequence.visible:
+        return _visible_pairs(sequence, window)
     T, M, S = len(sequence.ids), len(sequence.pages), sequence.num_prefix
     places = torch.arange(T)
     distance = torch.zeros(T + M, T + M, dtype=torch.int64)
@@ -102,6 +117,28 @@ def _pairs(sequence: Sequence, window: int | None) -> tuple[Tensor, Tensor]:
         allowed[row, :before] = True
         allowed[row, start : start + length] = True
         allowed[row, row] = True
+    return distance, allowed
+
+
+def _visible_pairs(sequence: Sequence, window: int | None) -> tuple[Tensor, Tensor]:
+    """The same where bookmarks are visible: each takes the place behind its page, and all that follows moves on."""
+    T, M = len(sequence.ids), len(sequence.pages)
+    in_line = [row for number, (start, length) in enumerate(sequence.pages)
+               for row in (*range(start, start + length), T + number)]  # fmt: skip
+    place = {row: at for at, row in enumerate(in_line)}
+    distance = torch.zeros(T + M, T + M, dtype=torch.int64)
+    allowed = torch.zeros(T + M, T + M, dtype=torch.bool)
+    for i in range(T):
+        for j in range(T + M):
+            distance[i, j] = place[i] - place[j]
+            allowed[i, j] = 0 <= place[i] - place[j] < (window or 2 * T)
+    sink = [(start, length, number) for number, (start, length) in enumerate(sequence.pages)][: sequence.num_sinks]
+    for number, (start, length) in enumerate(sequence.pages):
+        seen = [] if number < len(sink) else [r for s, n, m in sink for r in (*range(s, s + n), T + m)]
+        seen += [*range(start, start + length), T + number]
+        for at, row in enumerate(seen):
+            distance[T + number, row] = len(seen) - 1 - at
+            allowed[T + number, row] = True
     return distance, allowed
 
 

@@ -51,8 +51,7 @@ class BookmarkProgram:
         config: RetroConfig,
     ) -> None:
         self._backbone = backbone
-        self._places_BM = _page_places(batch) * config.page_size if config.score_rope else None
-        self._page_size = config.page_size
+        self._places_BM = scoring_places(backbone, batch, config)
         self._retriever = retriever
         self._dense = dense
         num_sink = _num_sink(batch) if config.bookmark_span == "sink_page" else 0
@@ -93,12 +92,9 @@ class BookmarkProgram:
 
     def _keep(self, rope: RopeTable, q_BMHD: Tensor, k_BMKD: Tensor) -> None:
         """Add a layer's queries and keys, as they are scored, to the states."""
-        if self._places_BM is None:
-            k_BMKD = k_BMKD if self._content is None else self._content.reshape(k_BMKD.shape)
-        else:
-            rope.require(self.num_bookmarks * self._page_size + 1)
-            cos, sin = (table[:, :, None] for table in rope.at(self._places_BM))
-            q_BMHD, k_BMKD = rotate(q_BMHD, cos, sin), rotate(k_BMKD, cos, sin)
+        if self._places_BM is None and self._content is not None:
+            k_BMKD = self._content.reshape(k_BMKD.shape)
+        q_BMHD, k_BMKD = as_scored(rope, q_BMHD, k_BMKD, self._places_BM)
         self.states.queries.append(q_BMHD)
         self.states.keys.append(k_BMKD)
 
@@ -109,6 +105,22 @@ def _num_sink(batch: PageBatch) -> int:
     if num_sink is None:
         raise ValueError("first pages of unequal length can't be the sinks of one batch; give a prefix")
     return num_sink
+
+
+def as_scored(rope: RopeTable, q_BMHD: Tensor, k_BMKD: Tensor, places_BM: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Queries and keys turned to the true places of their pages, where scores are to depend on these (D3)."""
+    if places_BM is None:
+        return q_BMHD, k_BMKD
+    cos, sin = (table[:, :, None] for table in rope.at(places_BM))
+    return rotate(q_BMHD, cos, sin), rotate(k_BMKD, cos, sin)
+
+
+def scoring_places(backbone: Backbone, batch: PageBatch, config: RetroConfig) -> Tensor | None:
+    """Where each page's score stands, [B, M], with room in the RoPE tables; None if scores know no places (D3)."""
+    if not config.score_rope:
+        return None
+    backbone.require_positions(batch.lengths_BM.shape[1] * config.page_room + 1)
+    return _page_places(batch) * config.page_room
 
 
 def _page_places(batch: PageBatch) -> Tensor:

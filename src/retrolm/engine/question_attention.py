@@ -22,17 +22,19 @@ class SeparateQuestions:
 
     Attributes:
         positions_BT: true positions; every question begins where the text ends.
+        ends_B1: columns of the text. own_starts_BT: first column of each column's question, that of the first in the
+            text.
     """
 
     def __init__(self, batch: PageBatch) -> None:
         self._batch = batch
         self._starts_BQ, self._lengths_BQ = (x[:, -batch.num_questions :] for x in (batch.starts_BM, batch.lengths_BM))
-        self._end_B1 = self._starts_BQ[:, :1]
-        columns = torch.arange(batch.tokens_BT.shape[1], device=self._end_B1.device)
-        self._number_BT = self._numbers(columns.expand(len(self._end_B1), -1))
-        self._own_start_BT = self._starts_BQ.gather(1, self._number_BT)
-        asked_BT = self._end_B1 + columns - self._own_start_BT
-        self.positions_BT = torch.where(columns < self._end_B1, columns, asked_BT)
+        self.ends_B1 = self._starts_BQ[:, :1]
+        columns = torch.arange(batch.tokens_BT.shape[1], device=self.ends_B1.device)
+        self._number_BT = self._numbers(columns.expand(len(self.ends_B1), -1))
+        self.own_starts_BT = self._starts_BQ.gather(1, self._number_BT)
+        asked_BT = self.ends_B1 + columns - self.own_starts_BT
+        self.positions_BT = torch.where(columns < self.ends_B1, columns, asked_BT)
 
     def attend(
         self,
@@ -54,7 +56,7 @@ class SeparateQuestions:
         if window is not None:
             distance_BRT = self.positions_BT[self._sequences, rows_BR][..., None] - self.positions_BT[:, None]
             allowed_BRT = allowed_BRT & (distance_BRT < window)
-        found = _masked_attention(q_BHRD, k_BKTD, v_BKTD, scale, softcap, allowed_BRT[:, None]).transpose(1, 2)
+        found = masked_attention(q_BHRD, k_BKTD, v_BKTD, scale, softcap, allowed_BRT[:, None]).transpose(1, 2)
         out_BHTD.transpose(1, 2)[place[0], rows_BR[place]] = found[place]
 
     def _joined(self, q_BHRD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, end: int, scale: float) -> Tensor:
@@ -81,14 +83,14 @@ class SeparateQuestions:
 
     @cached_property
     def _sequences(self) -> Tensor:
-        return torch.arange(len(self._end_B1), device=self._end_B1.device)[:, None]
+        return torch.arange(len(self.ends_B1), device=self.ends_B1.device)[:, None]
 
     @cached_property
     def _places(self) -> Tensor:
         """Which question row stands at each place of the padded questions, int64 [B, Q * L]."""
-        inside = torch.arange(self._shape[1], device=self._end_B1.device)
+        inside = torch.arange(self._shape[1], device=self.ends_B1.device)
         num_rows = self._batch.tokens_BT.shape[1] - (self._batch.sizes.text_end or 0)
-        places_BQL = (self._starts_BQ - self._end_B1)[..., None] + inside
+        places_BQL = (self._starts_BQ - self.ends_B1)[..., None] + inside
         return places_BQL.clamp(0, num_rows - 1).flatten(1)
 
     @cached_property
@@ -96,20 +98,20 @@ class SeparateQuestions:
         """The place of each question row among the padded questions, int64 [B, R]."""
         Q, L = self._shape
         end = self._batch.sizes.text_end or 0
-        rows = torch.arange(end, self._batch.tokens_BT.shape[1], device=self._end_B1.device)
-        return (self._number_BT[:, end:] * L + rows - self._own_start_BT[:, end:]).clamp(max=Q * L - 1)
+        rows = torch.arange(end, self._batch.tokens_BT.shape[1], device=self.ends_B1.device)
+        return (self._number_BT[:, end:] * L + rows - self.own_starts_BT[:, end:]).clamp(max=Q * L - 1)
 
     @cached_property
     def _masked(self) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
         """Question rows [B, R], which of them are no padding, and what each may see, bool [B, R, T]."""
         T = self._batch.tokens_BT.shape[1]
-        offsets = torch.arange(self._batch.sizes.question_rows, device=self._end_B1.device)
-        rows_BR = (self._end_B1 + offsets).clamp(max=T - 1)
+        offsets = torch.arange(self._batch.sizes.question_rows, device=self.ends_B1.device)
+        rows_BR = (self.ends_B1 + offsets).clamp(max=T - 1)
         real_BR = offsets < self._lengths_BQ.sum(1, keepdim=True)
         columns = torch.arange(T, device=offsets.device)
-        own_start_BR1 = self._own_start_BT.gather(1, rows_BR)[..., None]
+        own_start_BR1 = self.own_starts_BT.gather(1, rows_BR)[..., None]
         own_BRT = (columns >= own_start_BR1) & (columns <= rows_BR[..., None])
-        return rows_BR, real_BR.nonzero(as_tuple=True), (columns < self._end_B1[..., None]) | own_BRT
+        return rows_BR, real_BR.nonzero(as_tuple=True), (columns < self.ends_B1[..., None]) | own_BRT
 
     def _numbers(self, columns_BT: Tensor) -> Tensor:
         """The question that each column belongs to; 0 in the text, the last one behind all questions."""
@@ -117,9 +119,10 @@ class SeparateQuestions:
         return (begun_BTQ.sum(2) - 1).clamp(min=0)
 
 
-def _masked_attention(
+def masked_attention(
     q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float, softcap: float | None, allowed: Tensor
 ) -> Tensor:
+    """Attention where `allowed` [B, 1, T, T'] says so, differentiable: [B, H, T, D]."""
     # Kernels that take a mask know no groups: with `enable_gqa` PyTorch would fall back to its slowest one.
     group = q_BHTD.shape[1] // k_BKTD.shape[1]
     k, v = (x.repeat_interleave(group, 1) for x in (k_BKTD, v_BKTD))

@@ -5,6 +5,8 @@ Shape letters: T tokens, L tokens with a loss.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ from .sparse_pages import SparsePages
 from .sparse_pass import SparseProgram
 from .text_layers import takes_text, text_rows
 from .visible import require_invisible
+
+Contexts = Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]
 
 
 def sparse_program(
@@ -83,11 +87,14 @@ def _hidden(backbone: Backbone, ids_T: Tensor, program: SparseProgram | None, bo
     return found[0, : len(ids_T)]
 
 
-def checkpoint_layers(model: nn.Module) -> None:
+def checkpoint_layers(model: nn.Module, context_fn: Contexts = checkpoint_contexts) -> None:
     """Let each decoder layer keep its input alone and run again in the backward pass; puts the model in training mode.
 
     The models of `FAMILIES` have no dropout unless their configuration asks for it.
+
+    Args:
+        context_fn: contexts of a layer's first and second run, as `torch.utils.checkpoint` takes them.
     """
     enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
+    enable({"use_reentrant": False, "context_fn": context_fn})
     model.train()

@@ -17,13 +17,14 @@ def load_backbone(recipe: Stage1Recipe) -> RetroLM:
     """Load the recipe's backbone so that whole training texts fit its RoPE tables; raises `UserError`."""
     PartialState()  # makes this process's GPU the current one, where the model is put
     train = recipe.train
-    smallest = MIN_BUDGET_PAGES * train.page_size
+    smallest = MIN_BUDGET_PAGES * (train.page_size + 1)
     lm = RetroLM.from_pretrained(
         train.model,
         retriever=None,
         dtype=train.dtype,
         page_size=train.page_size,
         kv_budget=smallest,
+        bookmarks=train.bookmarks,
         bookmark_span=train.bookmark_span,
         score_rope=train.score_rope,
     )

@@ -54,6 +54,8 @@ class Stage1TrainConfig:
             with large scores don't dominate the mean.
         learn_temperature: let each layer's scale be trained further (it changes no ranking).
         num_skip_layers: layers without a loss of their own, counted from the first (D7).
+        bookmarks: "visible" = tokens see bookmarks, and gradients flow through them (D1 a; slower): texts are read once
+            more for each step, whole and differentiably, and positions run on by one per page.
         bookmark_span, score_rope: as in `RetroConfig` (D13, D3); an engine must be set up alike to use the retriever.
         select_by: "layer" = one choice for all heads; "kv_head" = each KV head scores and is trained by itself (D4),
             which no engine offers yet: for ablations.
@@ -91,6 +93,7 @@ class Stage1TrainConfig:
     calibrate: bool = True
     learn_temperature: bool = True
     num_skip_layers: int = 1
+    bookmarks: Literal["invisible", "visible"] = "invisible"
     bookmark_span: Literal["sink_page", "page"] = "sink_page"
     score_rope: bool = False
     select_by: Literal["layer", "kv_head"] = "layer"
@@ -137,6 +140,8 @@ class Stage1TrainConfig:
         )
         if self.encode == "streaming" and self.loss != "info_nce":
             raise UserError(f"loss={self.loss!r} needs attention over the whole text. Use encode='dense' with it.")
+        if self.bookmarks == "visible" and (self.encode, self.loss) != ("dense", "info_nce"):
+            raise UserError("bookmarks='visible' is trained with encode='dense' and loss='info_nce' alone.")
 
 
 @dataclass(frozen=True)

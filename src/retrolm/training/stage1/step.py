@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...engine.bookmark_stream import batch_scores, bookmark_stream, layer_scores
+from ...engine.bookmark_stream import BookmarkStates, batch_scores, bookmark_stream, layer_scores
 from ...engine.dense_pass import DenseStates, dense_pass
 from ...engine.model import RetroLM
 from ...engine.page_attention import PageAttention
 from ...engine.streaming_states import streaming_states
+from ...engine.visible_pass import visible_stream
 from ...retriever import PageRetriever
 from .batches import Stage1Batch
 from .config import Stage1TrainConfig
@@ -121,6 +122,8 @@ class Stage1Step(nn.Module):
 
     def read(self, batch: Stage1Batch) -> FrozenPass:
         """The backbone's pass over the texts and questions; nothing in it is trained."""
+        if self._lm.config.page_marks:
+            return FrozenPass(DenseStates(), None)  # tokens see bookmarks: nothing of the pass is known beforehand
         if not self.reads_alike:
             return FrozenPass(streaming_states(self._lm, self.scoring, batch.pages), None)
         backbone, attention = self._lm.backbone, None
@@ -132,10 +135,7 @@ class Stage1Step(nn.Module):
 
     def scores(self, batch: Stage1Batch, frozen: FrozenPass) -> PageScores:
         """Page scores of every question."""
-        lm, retriever = self._lm, self.scoring
-        states = bookmark_stream(
-            lm.backbone, lm.attachment, retriever, retriever.embedding, batch.pages, frozen.states, lm.config
-        )
+        states = self._bookmarks(batch, frozen)
         by_head = self._train_config.select_by == "kv_head"
         parts = states, self.layers, batch.pages.num_questions, by_head
         if batch.rival_NM is None:
@@ -145,6 +145,14 @@ class Stage1Step(nn.Module):
             batch.sequence_N[:, None, None].expand(-1, 1, all_LKNBP.shape[-1]).expand(*all_LKNBP.shape[:2], -1, -1, -1)
         )
         return PageScores(all_LKNBP.gather(3, own)[:, :, :, 0], all_LKNBP.flatten(3))
+
+    def _bookmarks(self, batch: Stage1Batch, frozen: FrozenPass) -> BookmarkStates:
+        """The bookmarks of a batch, differentiable."""
+        lm, retriever = self._lm, self.scoring
+        parts = lm.backbone, lm.attachment, retriever, retriever.embedding, batch.pages
+        if lm.config.page_marks:
+            return visible_stream(*parts, lm.config)
+        return bookmark_stream(*parts, frozen.states, lm.config)
 
     def judge(self, batch: Stage1Batch, scores: PageScores, frozen: FrozenPass) -> StepResult:
         """Loss and figures of page scores."""

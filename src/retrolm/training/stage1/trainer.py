@@ -68,6 +68,10 @@ class Stage1Trainer(TrainingLoop[ReadBatch]):
         accelerator = new_accelerator(trackers, out, find_unused=True)  # the last layer's value delta feeds no score
         super().__init__("retrolm-stage1", accelerator, recipe.train, out, lm.device, log)
         check_window(recipe, lm)
+        if lm.config.bookmarks != recipe.train.bookmarks:
+            raise UserError(
+                f"The backbone reads bookmarks={lm.config.bookmarks!r}, the recipe {recipe.train.bookmarks!r}."
+            )
         self._unread: list[tuple[int, Tensor]] = []  # steps whose losses were not looked at yet
         self._reading: ReadAhead | None = None
         self._own_batches = own_share(recipe.train.accumulate, self.accelerator.num_processes)
