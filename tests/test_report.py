@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import re
 import shutil
@@ -25,6 +26,7 @@ from retrolm.evaluation.report.results import Results, load_results
 from retrolm.evaluation.report.table import BEYOND, MISSING
 from retrolm.evaluation.report.tables import overview_table, score_tables
 from retrolm.evaluation.report.write import write_report
+from retrolm.evaluation.runner import SAMPLES_FILE
 from retrolm.evaluation.statistics import average_interval, paired_average, paired_difference, score_interval
 from retrolm.evaluation.tasks import GROUPS
 
@@ -189,6 +191,11 @@ def test_folders_are_joined_and_repeated_rows_count_once(run: Path, tmp_path: Pa
     assert len(load_results([run, tmp_path]).samples) == len(made_up_rows())
     with pytest.raises(UserError, match="holds neither"):
         load_results([tmp_path / "nowhere"])
+
+
+def test_packed_rows_are_read_like_others(run: Path, tmp_path: Path) -> None:
+    (tmp_path / f"{SAMPLES_FILE}.gz").write_bytes(gzip.compress((run / SAMPLES_FILE).read_bytes()))
+    assert load_results([tmp_path]).samples == load_results([run]).samples
 
 
 def test_cells_of_other_settings_are_told_apart(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gzip
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -54,11 +55,11 @@ class Journal:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a JSON lines file; a last line without its end is left out.
+    """Yield the rows of a JSON lines file (`.gz` too); a last line without its end is left out.
 
     Raises `UserError` that names a line that isn't a JSON object.
     """
-    with path.open("rb") as file:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 return

@@ -131,7 +131,7 @@ def family(task: str) -> str:
 
 
 def load_results(folders: Sequence[Path], groups: Mapping[str, tuple[str, ...]] | None = None) -> Results:
-    """Read the rows of all folders; rows of the same sample and settings count once, the last one.
+    """Read the rows of all folders, packed by gzip or not; rows of the same sample and settings count once, the last.
 
     Args:
         groups: tasks to average over by name, beside those of `tasks.GROUPS`.
@@ -141,12 +141,13 @@ def load_results(folders: Sequence[Path], groups: Mapping[str, tuple[str, ...]] 
     samples: dict[str, dict[str, Any]] = {}
     recall: list[dict[str, Any]] = []
     for folder in folders:
-        files = [folder / name for name in (SAMPLES_FILE, RECALL_FILE) if (folder / name).exists()]
+        files = [folder / f"{name}{end}" for name in (SAMPLES_FILE, RECALL_FILE) for end in ("", ".gz")]
+        files = [file for file in files if file.exists()]
         if not files:
             raise UserError(f"{folder} holds neither {SAMPLES_FILE} nor {RECALL_FILE}. Run `retrolm eval --out` first.")
         for file in files:
             rows = list(read_lines(file))
-            if file.name == RECALL_FILE:
+            if file.name.startswith(RECALL_FILE):
                 recall += rows
             else:
                 samples.update((row["key"], row) for row in rows)
