@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from cli_runner import run_cli
+from retrolm import RetroLM
 from retrolm.evaluation.journal import read_lines
 from retrolm.evaluation.retrieval.scores import page_indexes
+from retrolm.retriever import PageRetriever, RetrieverCard
 from tiny_folder import save_tiny_model
 
 GOLDEN = Path(__file__).parent / "golden" / "infinitebench"
@@ -105,6 +107,28 @@ def test_page_recall_is_reported_by_layer_for_the_indexes_asked_for(model: Path,
     report = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
     assert "recall in 14 pages by layer\n\n|  | 0 | 1 | 2 |" in report and "| quest_pages | – |" in report  # noqa: RUF001
     assert "mean_key" not in report and "untrained_bookmarks" in report
+
+
+def test_a_retriever_trained_in_another_reading_is_refused(model: Path, tmp_path: Path) -> None:
+    lm = RetroLM.from_pretrained(model, retriever=None)
+    shapes, recipe = lm.backbone.projection_shapes(), {"train": {"bookmarks": "visible"}}
+    card = RetrieverCard(lm.backbone.fingerprint(), 2, 32, "seen", {"recipe": recipe})
+    PageRetriever(shapes, lm.untrained_bookmark(), card).save(tmp_path / "seen")
+    words = [
+        "eval",
+        "retrieval",
+        "--model",
+        model,
+        "--task",
+        "ruler/niah_single_1",
+        "--lengths",
+        1024,
+        "--out",
+        tmp_path,
+    ]
+    run_cli(*words, "--retriever", tmp_path / "seen").refused_in_one_line(
+        "bookmarks='visible'", "bookmarks='invisible'"
+    )
 
 
 # --- predictions of others -----------------------------------------------------------------------------------------

@@ -56,9 +56,12 @@ def load_bare(backbone: BackboneOptions) -> RetroLM:
 
 
 def load_retrievers(lm: RetroLM, names: list[str]) -> dict[str, PageRetriever]:
-    """Loaded retrievers by the name of their card; folders of the same name are told apart by their path."""
+    """Loaded retrievers by the name of their card; folders of the same name are told apart by their path.
+
+    Raises `UserError` for one whose bookmarks were read otherwise in training than scores are taken here.
+    """
     from ..engine.shipped import find_shipped, resolve_retriever
-    from ..retriever import load_retriever
+    from ..retriever import check_choices, load_retriever
 
     found: dict[str, PageRetriever] = {}
     for name in names:
@@ -66,6 +69,7 @@ def load_retrievers(lm: RetroLM, names: list[str]) -> dict[str, PageRetriever]:
         if path is None:
             continue
         loaded = load_retriever(path, lm.backbone.projection_shapes(), lm.backbone.fingerprint()).to(lm.device).eval()
+        check_choices(loaded.card, lm.config)
         label = loaded.card.name if loaded.card.name not in found else path.name
         if label in found:
             raise UserError(f"Two retrievers are called {label!r}. Give one of them another folder name.")
