@@ -3,7 +3,7 @@
     python scripts/kb_bench.py cold      --text BOOK --folder DIR --tokens 200000
     python scripts/kb_bench.py million   --text BOOK --folder DIR --tokens 1000000 --store-bits 8
     python scripts/kb_bench.py spill     --text BOOK --folder DIR --tokens 65536 --host-kv-gb 0.5
-    python scripts/kb_bench.py quantised --text BOOK --folder DIR --tokens 16384 --questions FILE
+    python scripts/kb_bench.py quantised --text BOOK --folder DIR --tokens 16384 --facts 12
 
 Each prints one JSON object. Large documents are made of a short text's real pages, repeated; what is said of reading
 speed is measured on `--read-tokens` tokens and, for longer texts, projected (reading time per page is constant once the
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -27,11 +28,15 @@ from retrolm.engine.memory import PeakMemory
 from retrolm.engine.plan import look_around, plan
 from retrolm.engine.preflight import count_tokens
 from retrolm.engine.provenance import provenance
+from retrolm.knowledge_base.answers import KnowledgeAnswer
 from retrolm.knowledge_base.manifest import PAGES_FILE
 from retrolm.knowledge_base.plan import plan_asking
 from retrolm.knowledge_base.synthesise import add_repeated
+from retrolm.planting import Fact, random_facts
 
 QUESTION = "What is this text about?"
+FACT_QUESTION = "What is the special magic number for {key} mentioned in the text?"
+FACT_SENTENCE = " One of the special magic numbers for {key} is: {value}. "
 SEED_TOKENS = 4096
 
 # Run in a process of its own; argv: base, question, wall time just before it was started.
@@ -146,22 +151,38 @@ def spill(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def quantised(options: argparse.Namespace) -> dict[str, Any]:
-    """Size, chosen pages and answers with 8 and 4 bits beside 16, for questions given one a line."""
-    questions = options.questions.read_text(encoding="utf-8").splitlines() if options.questions else [QUESTION]
+    """Size, chosen pages, recall of evidence and answers with 8 and 4 bits beside 16, for facts planted in the text."""
+    facts = random_facts(random.Random(options.seed), options.facts, "word_pair", "number")
     plain, rows = None, []
     for bits in (16, 8, 4):
         options.store_bits = bits
         base = _new_base(options)
-        base.add(_text_of(base.lm, options, options.tokens), name="text")
-        found = [base.ask(question, max_new_tokens=24) for question in questions]
+        base.add(_planted(_text_of(base.lm, options, options.tokens), facts), name="text")
+        found = [base.ask(FACT_QUESTION.format(key=fact.key), max_new_tokens=24) for fact in facts]
         plain = plain or (base.documents[0].files[PAGES_FILE].bytes, found)
         rows.append({
             "bits": bits,
             "bytes_against_16": base.documents[0].files[PAGES_FILE].bytes / plain[0],
             "same_answers": sum(a.text == b.text for a, b in zip(found, plain[1], strict=True)) / len(found),
+            "answered": sum(f.values[0] in a.text for f, a in zip(facts, found, strict=True)) / len(found),
+            "evidence_recall": sum(map(_evidence_recall, found, facts)) / len(found),
             "chosen_pages_shared": _overlap(found, plain[1]),
         })  # fmt: skip
-    return {"num_questions": len(questions), "rows": rows}
+    return {"num_facts": len(facts), "seed": options.seed, "rows": rows}
+
+
+def _planted(text: str, facts: list[Fact]) -> str:
+    """The text with the facts spread over it."""
+    step = len(text) // len(facts)
+    parts = [text[i * step : (i + 1) * step] for i in range(len(facts))]
+    return "".join(
+        part + FACT_SENTENCE.format(key=fact.key, value=fact.values[0]) for part, fact in zip(parts, facts, strict=True)
+    )
+
+
+def _evidence_recall(answer: KnowledgeAnswer, fact: Fact) -> float:
+    """Share of the layers with a choice of their own that attend a page with the fact."""
+    return max((passage.score for passage in answer.passages if fact.values[0] in passage.text), default=0.0)
 
 
 def _overlap(found: list[Any], plain: list[Any]) -> float:
@@ -234,7 +255,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--store-bits", type=int, default=16, choices=[16, 8, 4])
     parser.add_argument("--store-dtype", default="bfloat16")
     parser.add_argument("--host-kv-gb", type=float, default=0.5)
-    parser.add_argument("--questions", type=Path)
+    parser.add_argument("--facts", type=int, default=12)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
