@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..methods.token_base import RepeatScores, TokenMethod
 from ..methods.token_pages import PagedTokenMethod
 from .answering import PROGRAMS, Outcome, Prompt, PromptProgram, prompt_answer
+from .cache_argument import cache_argument
 from .decode_reading import DecodeRequest
 from .decode_round import Continuation, FirstToken, continuation, from_loop
 from .dense_decode import places_for_prompt
@@ -183,7 +184,7 @@ class TokenProgram(PromptProgram):
             out = backbone.model.generate(
                 input_ids=input_ids.to(backbone.device),
                 attention_mask=mask.to(backbone.device).long(),
-                past_key_values=counting_cache(backbone.num_layers, width - 1),
+                **cache_argument(backbone.model, counting_cache(backbone.num_layers, width - 1)),
                 **call.arguments,
             )
         return continuation(out, width, call, checked, first, path)

@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..paging import PageTable
 from .attachment import Attachment
 from .backbone import Backbone
+from .cache_argument import cache_argument
 from .compact_cache import places_for
 from .decode import DecodeProgram, build_cache
 from .decode_reading import DecodeRequest
@@ -167,7 +168,7 @@ def _by_generate(attachment: Attachment, backbone: Backbone, asked: Round, path:
         out = backbone.model.generate(
             input_ids=asked.input_ids(width).to(backbone.device),
             attention_mask=mask.to(backbone.device).long(),
-            past_key_values=cache,
+            **cache_argument(backbone.model, cache),
             **call.arguments,
         )
     return continuation(out, width, call, options, first, path)

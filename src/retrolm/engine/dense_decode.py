@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from .cache_argument import cache_argument
 from .compact_cache import ROUND, CompactCache
 from .decode_reading import DecodeRequest
 from .generate_options import GenerateOptions
@@ -77,4 +78,4 @@ def _read(lm: RetroLM, ids: Sequence[int], layers: list[_WrittenLayer]) -> None:
     cache = DynamicCache()
     cache.layers = list(layers)
     inputs = torch.tensor([list(ids)], device=lm.device)
-    lm.backbone.decoder(input_ids=inputs, past_key_values=cache, use_cache=True)
+    lm.backbone.decoder(input_ids=inputs, **cache_argument(lm.backbone.decoder, cache), use_cache=True)

@@ -24,7 +24,7 @@ _ONE_AT_A_TIME = "Generating several tokens per step isn't supported over a comp
 _TENSOR_OUT = "RetroLM returns token ids. Look at scores with a logits_processor."
 _RULED_OUT = {
     **dict.fromkeys(("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids"), _OURS),
-    **dict.fromkeys(("past_key_values", "use_cache", "cache_implementation", "cache_config"), _OURS),
+    **dict.fromkeys(("cache", "past_key_values", "use_cache", "cache_implementation", "cache_config"), _OURS),
     **dict.fromkeys(("assistant_model", "prompt_lookup_num_tokens", "custom_generate"), _ONE_AT_A_TIME),
     **dict.fromkeys(("return_dict_in_generate", "output_scores", "output_logits"), _TENSOR_OUT),
     **dict.fromkeys(("output_attentions", "output_hidden_states"), _TENSOR_OUT),

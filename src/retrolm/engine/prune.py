@@ -14,6 +14,7 @@ import torch
 
 from ..errors import UserError
 from ..methods.prune_base import PruneMethod
+from .cache_argument import cache_argument
 from .decode_reading import DecodeRequest
 from .decode_round import Continuation, FirstToken, continuation, from_loop
 from .fast_decode import fast_decode_of
@@ -132,7 +133,7 @@ class _Batch:
             out = lm.model.generate(
                 input_ids=self._input_ids.to(lm.device),
                 attention_mask=self._mask.to(lm.device).long(),
-                past_key_values=cache,
+                **cache_argument(lm.model, cache),
                 **call.arguments,
             )
         found = continuation(out, self._width, call, self._options, first, path)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..methods.prune_base import PruneMethod
+from .cache_argument import cache_argument
 from .compact_cache import CompactCache
 from .decode_reading import DecodeRequest
 from .dense_decode import places_for_prompt
@@ -45,7 +46,7 @@ def read_pruned(lm: RetroLM, method: PruneMethod, prompt: PrunePrompt, kv_budget
     seen = PrunePass(lm.backbone, method, cache, [prompt], kv_budget)
     inputs = torch.tensor([prompt.ids], device=lm.device)
     with lm.attachment.run(seen):
-        out = lm.model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = lm.model(input_ids=inputs, **cache_argument(lm.model, cache), use_cache=True, logits_to_keep=1)
     return PrunedPrompt(len(prompt.ids), seen, cache, out.logits[0, -1])
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..errors import UserError
+from .cache_argument import cache_argument
 from .decode_round import Continuation, FirstToken, continuation, from_loop
 from .dense_decode import dense_request
 from .fast_decode import fast_decode_of
@@ -113,7 +114,7 @@ def _by_generate(
     out = lm.model.generate(
         input_ids=input_ids.to(lm.device),
         attention_mask=mask.to(lm.device).long(),
-        past_key_values=cache,
+        **cache_argument(lm.model, cache),
         **call.arguments,
     )
     return continuation(out, width, call, checked, first, path)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from .backbone import Backbone
+from .cache_argument import cache_argument
 
 _STEPS, _WARM_UPS = 16, 3
 
@@ -63,7 +64,8 @@ class StockSteps:
     def _request(self, forward: Callable[..., Any], cache: Any, prompt: Tensor, num_generated: int) -> dict[str, Any]:
         cache.reset()
         started = self.now()
-        logits = self._model(prompt[None].to(self._device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        held = cache_argument(self._model, cache)
+        logits = self._model(prompt[None].to(self._device), **held, use_cache=True, logits_to_keep=1)
         token = logits.logits[:, -1].argmax(-1, keepdim=True)
         first = self.now() - started
         for _ in range(num_generated - 1):
@@ -85,7 +87,7 @@ class StockSteps:
     def _step(self, forward: Callable[..., Any], cache: Any, token: Tensor) -> Tensor:
         if forward is not self._model:
             torch.compiler.cudagraph_mark_step_begin()
-        logits = forward(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = forward(token, **cache_argument(self._model, cache), use_cache=True, logits_to_keep=1).logits
         return logits[:, -1].argmax(-1, keepdim=True).clone()
 
     def _static(self, room: int, batch: int) -> Any:

@@ -1,0 +1,19 @@
+"""The name under which stock models take a cache: `cache` from transformers 5.24 on, `past_key_values` before."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+from torch import nn
+
+
+def cache_argument(module: nn.Module, cache: Any) -> dict[str, Any]:
+    """A transformers `Cache` (or None) as the keyword argument of `module(...)` and of its `generate`."""
+    return {_name(type(module)): cache}
+
+
+@functools.cache
+def _name(kind: type[nn.Module]) -> str:
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
