@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -11,9 +12,9 @@ from torch import nn
 
 def cache_argument(module: nn.Module, cache: Any) -> dict[str, Any]:
     """A transformers `Cache` (or None) as the keyword argument of `module(...)` and of its `generate`."""
-    return {_name(type(module)): cache}
+    return {_name(type(module).forward): cache}
 
 
 @functools.cache
-def _name(kind: type[nn.Module]) -> str:
-    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
+def _name(forward: Callable[..., Any]) -> str:
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
