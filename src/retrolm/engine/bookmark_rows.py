@@ -42,9 +42,9 @@ def _sink_tokens(
     num_sink = table.num_sink if parts.config.bookmark_span == "sink_page" else 0
     if num_sink == 0 or len(table) < num_sink:
         return like_nQKD[:, :0], like_nQKD[:, :0]
-    keys, values = parts.store.read(layer, on.table_ids[:num_sink])
-    lengths = table.lengths[:num_sink].tolist()
+    halves = (x.unflatten(0, (-1, num_sink)) for x in parts.store.read(layer, on.sink_ids))
+    lengths = table.lengths[:num_sink].tolist()  # the same for all documents of a group
     keys, values = (
-        torch.cat([x[i, -length:] for i, length in enumerate(lengths)]).to(like_nQKD.dtype) for x in (keys, values)
+        torch.cat([x[:, i, -length:] for i, length in enumerate(lengths)], 1).to(like_nQKD.dtype) for x in halves
     )
     return keys.expand(len(group), -1, -1, -1), values.expand(len(group), -1, -1, -1)

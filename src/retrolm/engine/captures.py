@@ -51,6 +51,7 @@ class QueryCapture:
 
     Attributes:
         end: compact position that follows the query's last token.
+        first: where the document begins in the page table that chosen ordinals count in.
         num_marks: tokens at the end of each set that are the query's own bookmark: generated tokens don't see it, for
             they continue its page.
         keys: rotated, [L, K, D] per layer. values: [L, K, D] per layer.
@@ -59,6 +60,7 @@ class QueryCapture:
 
     end: int
     num_marks: int = 0
+    first: int = 0
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     choices: list[LayerChoice] = field(default_factory=list)
@@ -78,7 +80,7 @@ class QueryCapture:
             keys, values = (_without_holes(x, found.valid) for x in (found.keys, found.values))
             self.keys.append(keys[: len(keys) - self.num_marks])
             self.values.append(values[: len(values) - self.num_marks])
-            self.choices.append(_choice(found, self.num_marks))
+            self.choices.append(_choice(found, self.num_marks, self.first))
         self._sets.clear()
 
 
@@ -96,8 +98,8 @@ def _without_holes(rows_LKD: Tensor, valid: Tensor) -> Tensor:
     return rows_LKD.transpose(0, 1)[valid.to(rows_LKD.device)].unflatten(0, (len(valid), -1)).transpose(0, 1)
 
 
-def _choice(found: LayerSet, num_marks: int) -> LayerChoice:
+def _choice(found: LayerSet, num_marks: int, first: int) -> LayerChoice:
     picked = found.picked.unique()
     scores = None if found.scores is None else found.scores.cpu()
     num_tokens = int(found.valid.sum(-1).max()) - num_marks
-    return LayerChoice(picked[picked >= 0].cpu(), scores, num_tokens)
+    return LayerChoice(picked[picked >= 0].cpu() - first, scores, num_tokens)

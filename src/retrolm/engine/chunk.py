@@ -15,7 +15,7 @@ from ..paging import PageTable, page_lengths, room_for_past, start_position
 
 @dataclass
 class PageGroup:
-    """Pages of one document in a chunk: consecutive text pages, or one question page.
+    """Pages of one document in a chunk: consecutive text pages, or one question page; or those of several questions.
 
     Attributes:
         table: the document's pages before and (for text pages) in this group.
@@ -27,6 +27,8 @@ class PageGroup:
         pinned: ordinals that are always attended besides sink and local pages.
         last_probe: probe of the group's last page by layer, for causal selection of what follows.
         moves: what `page_records` works out once for all layers.
+        questions: the groups that were joined to this one (`question_groups`), if it is one of several questions.
+        firsts: where in `table` the document of each of them begins.
     """
 
     table: PageTable
@@ -40,9 +42,16 @@ class PageGroup:
     is_query: bool = False
     last_probe: dict[int, Tensor] = field(default_factory=dict)
     moves: dict[tuple[object, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    questions: list[PageGroup] = field(default_factory=list)
+    firsts: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.num_past)
+
+    @property
+    def by_document(self) -> list[PageGroup]:
+        """The group itself, or those that were joined to it."""
+        return self.questions or [self]
 
     def own_starts(self) -> Tensor:
         """Where the own tokens begin inside each own slot, int64 [n, O]: sink pages stand at the right."""

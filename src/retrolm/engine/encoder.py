@@ -16,6 +16,7 @@ from .attachment import Attachment
 from .chunk import Chunk, PageGroup, query_group, text_group, text_lengths
 from .prefill import PrefillParts, PrefillProgram, QueryCapture
 from .prefill_layers import can_fuse, fused_rows
+from .question_groups import with_joined_questions
 
 Progress = Callable[[int, int], None]
 
@@ -107,11 +108,10 @@ class Encoder:
         with self.attachment.run(program):
             found = self._forward(program, inputs, len(rows), logits)
         program.finish()
-        captures = [capture for capture in program.captures if capture is not None]
-        return Encoded(captures, program.peak_attended, found)
+        return Encoded(program.captures, program.peak_attended, found)
 
     def _program(self, chunk: Chunk) -> PrefillProgram:
-        return PrefillProgram(self.parts, chunk)
+        return PrefillProgram(self.parts, with_joined_questions(chunk, self.parts))
 
     def _forward(self, program: PrefillProgram, inputs_1TE: Tensor, num_rows: int, logits: bool) -> Tensor | None:
         """All layers; logits of the first `num_rows` rows if asked for."""

@@ -6,6 +6,7 @@ Shape letters: n pages handled together, S slots, O own slots, Q query tokens, L
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -34,6 +35,13 @@ class SetLayout:
     cos_k: Tensor
     sin_k: Tensor
     bias_nQL: Tensor | None
+
+    @cached_property
+    def spans(self) -> list[slice]:
+        """Of each row of `valid_nL` the part that holds tokens; all of it where only a GPU knows."""
+        if self.valid_nL.is_cuda:
+            return [slice(0, self.valid_nL.shape[1])] * len(self.valid_nL)
+        return [_span(row[None]) for row in self.valid_nL]
 
 
 def lay_out(

@@ -17,6 +17,9 @@ class GroupTensors:
         own_tokens: tokens of each page without its bookmark, int64 [n]. ordinals: pages before each page, int64 [n].
         ends: compact position of each page's first token, int64 [n].
         is_sink: bool [n]. pinned: pages that are always attended, bool [P], or None.
+        sink_ids: of the sink pages of each document, int64 [documents * sinks].
+        firsts: where the document of each question begins in the table, int64 [n, 1]; empty if none were joined.
+        questions: the same of each question that was joined to the group.
     """
 
     def __init__(self, group: PageGroup, device: torch.device) -> None:
@@ -31,6 +34,9 @@ class GroupTensors:
         self.ends = there(torch.tensor(group.end))
         self.is_sink = there(torch.tensor([past < table.num_sink for past in group.num_past]))
         self.pinned = there(_marked(group.pinned, len(table))) if group.pinned else None
+        self.sink_ids = there(torch.cat([part.table.ids[: table.num_sink] for part in group.by_document]))
+        self.firsts = there(torch.tensor(group.firsts, dtype=torch.int64)[:, None])
+        self.questions = [GroupTensors(question, device) for question in group.questions]
 
 
 def _marked(places: tuple[int, ...], size: int) -> Tensor:

@@ -6,10 +6,12 @@ Shape letters: n pages of a group, S slots, P past pages, K KV heads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..methods import PageMethod, PageTensors, choose_pages
 from ..methods.head_scores import ScoresHeads
@@ -24,16 +26,16 @@ class PageSets:
 
     Attributes:
         sizes: how many. num_dense: leading pages of the group that attend everything before them, as one block.
-        picked_nS: ordinals, int64, ascending, -1 at the left of smaller sets; None if all pages are in the block.
-            [n*K, S] where each KV head has its own set.
-        scores_nP: of all past pages, or None where the layer has none of its own.
+        picked_nS: ordinals in the group's table, int64, ascending, -1 at the left of smaller sets; None if all pages
+            are in the block. [n*K, S] where each KV head has its own set.
+        scores_nP: of all past pages, or None where the layer has none of its own; row by row for several questions.
         by_head: each KV head has its own set.
     """
 
     sizes: list[int]
     num_dense: int
     picked_nS: Tensor | None
-    scores_nP: Tensor | None = None
+    scores_nP: Tensor | Sequence[Tensor | None] | None = None
     by_head: bool = False
 
 
@@ -47,17 +49,29 @@ class PageChooser:
 
     def choose(self, layer: int, group: PageGroup, on: GroupTensors, pages: PageTensors) -> PageSets:
         """Keep the digests of `pages`, and choose for them."""
-        sizes = self._sizes_of(layer, group)
+        sizes = [size for part in group.by_document for size in self._sizes_of(layer, part)]
         if not self._parts.backbone.retrieves(layer):
             return PageSets(sizes, 0, _most_recent(group, sizes).to(on.ordinals.device, non_blocking=True))
         method = self._parts.method_for(layer)
         digests = method.digest(pages)
         self._parts.digests.write(layer, group.ids.flatten(), digests.repeat_interleave(group.ids.shape[1], 0))
         probes = self._shifted(layer, group, method.probe(pages))
+        if not group.questions:
+            return self._choose_past(layer, group, on, method, probes, sizes)
+        apart = [
+            self._choose_past(layer, question, its, method, probes[i : i + 1], sizes[i : i + 1])
+            for i, (question, its) in enumerate(zip(group.questions, on.questions, strict=True))
+        ]
+        return _together(apart, on.firsts)
+
+    def _choose_past(
+        self, layer: int, group: PageGroup, on: GroupTensors, method: PageMethod, probes: Tensor, sizes: list[int]
+    ) -> PageSets:
+        """Choose among the past pages of one document."""
         num_dense = self._num_dense(group, sizes)
         num_past = max(group.num_past)
         if num_past == 0 or num_dense == len(group):
-            return PageSets(sizes, num_dense, pages.lengths.new_empty(1, 0) if num_past == 0 else None)
+            return PageSets(sizes, num_dense, on.ordinals.new_empty(1, 0) if num_past == 0 else None)
         scores_nKP = self._scores(method, probes, self._parts.digests.read(layer, on.table_ids[:num_past]))
         picked = self._pick(layer, group, on, scores_nKP)
         by_head = scores_nKP.shape[1] > 1
@@ -139,6 +153,20 @@ def _reached(lengths: Tensor, past: int, window: int) -> int:
 
 def _most_recent(group: PageGroup, sizes: list[int]) -> Tensor:
     """The `sizes` pages right before each page, int64 [n, S]."""
-    ordinals = torch.tensor(group.num_past)[:, None]
-    picks = ordinals - torch.arange(max(sizes), 0, -1)
-    return picks.where(picks >= ordinals - torch.tensor(sizes)[:, None], -1)
+    ends = torch.tensor([first + past for first, past in zip(_firsts(group), group.num_past, strict=True)])[:, None]
+    picks = ends - torch.arange(max(sizes), 0, -1)
+    return picks.where(picks >= ends - torch.tensor(sizes)[:, None], -1)
+
+
+def _firsts(group: PageGroup) -> list[int]:
+    return group.firsts or [0] * len(group)
+
+
+def _together(apart: list[PageSets], firsts_n1: Tensor) -> PageSets:
+    """The sets of several questions, ordinals counted in the joined table."""
+    picked = [sets.picked_nS for sets in apart if sets.picked_nS is not None]
+    width = max(rows.shape[1] for rows in picked)
+    picked_nS = torch.cat([pad(rows, (width - rows.shape[1], 0), value=-1) for rows in picked])
+    picked_nS = torch.where(picked_nS >= 0, picked_nS + firsts_n1, picked_nS)
+    scores = [None if sets.scores_nP is None else sets.scores_nP[0] for sets in apart]
+    return PageSets([sets.sizes[0] for sets in apart], 0, picked_nS, scores)

@@ -85,3 +85,34 @@ class PageRows:
             tokens = (~is_mark).nonzero().flatten()
             self._orders[device] = order.to(device, non_blocking=True), tokens.to(device, non_blocking=True)
         return self._orders[device]
+
+
+class RunRows:
+    """The rows of a few pages behind each other, and page by page: the same memory where all are equally long.
+
+    Args:
+        lengths_n: rows of each page, on the host.
+    """
+
+    def __init__(self, lengths_n: Tensor, device: torch.device) -> None:
+        self._shape = (len(lengths_n), int(lengths_n.max()))
+        inside = torch.arange(self._shape[1]) < lengths_n[:, None]
+        self._is_ragged = not bool(inside.all())
+        # Padding repeats a row before it, which is finite.
+        rows, places = inside.flatten().cumsum(0) - 1, inside.flatten().nonzero().flatten()
+        self._rows, self._places = (x.to(device, non_blocking=True) for x in (rows, places))
+
+    def padded(self, x_RHD: Tensor) -> Tensor:
+        """The rows page by page, [n, Q, H, D]."""
+        return (x_RHD.index_select(0, self._rows) if self._is_ragged else x_RHD).unflatten(0, self._shape)
+
+    def room_for(self, out_RHD: Tensor) -> Tensor:
+        """Where results may be written page by page, [n, Q, H, D]; `pack` them then."""
+        if not self._is_ragged:
+            return out_RHD.unflatten(0, self._shape)
+        return out_RHD.new_empty(*self._shape, *out_RHD.shape[1:])
+
+    def pack(self, found_nQHD: Tensor, out_RHD: Tensor) -> None:
+        """Bring the rows of `room_for` to `out_RHD`, if they are not there."""
+        if self._is_ragged:
+            torch.index_select(found_nQHD.flatten(0, 1), 0, self._places, out=out_RHD)

@@ -8,6 +8,8 @@ Shape letters: T tokens of a chunk, N pages of it, n pages of a group, Q rows of
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch import Tensor
 from torch.profiler import record_function
@@ -36,18 +38,18 @@ class PrefillProgram:
     No layer waits for the device, as long as the page store doesn't.
 
     Attributes:
-        captures: of each group, None for text. peak_attended: most tokens attended in layers that choose pages.
+        captures: of each question, in order. peak_attended: most tokens attended in layers that choose pages.
     """
 
     def __init__(self, parts: PrefillParts, chunk: Chunk) -> None:
         self.parts = parts
         self.chunk = chunk
         self.num_bookmarks = chunk.num_pages if parts.method.needs_bookmarks else 0
-        marks = parts.config.page_marks
-        self.captures = [QueryCapture(g.end[0] + len(g.tokens[0]), marks) if g.is_query else None for g in chunk.groups]
+        captures = [_captures(group, parts.config.page_marks) for group in chunk.groups]
+        self.captures = list(chain.from_iterable(captures))
         self.peak_attended = 0
         self._chooser = PageChooser(parts)
-        self._sets = [SetAttention(parts, *pair) for pair in zip(chunk.groups, self.captures, strict=True)]
+        self._sets = [SetAttention(parts, *pair) for pair in zip(chunk.groups, captures, strict=True)]
         self._rows = PageRows(chunk)
         self._content: Tensor | None = None
         self._tensors: dict[tuple[int, torch.device], GroupTensors] = {}
@@ -121,8 +123,7 @@ class PrefillProgram:
     def finish(self) -> None:
         """Bring to the host what the pass has kept on the device."""
         for capture in self.captures:
-            if capture is not None:
-                capture.finish()
+            capture.finish()
         found = {id(tokens): tokens for own in self._sets for tokens in own.attended}
         self.peak_attended = max((int(tokens) for tokens in found.values()), default=0)
 
@@ -160,3 +161,12 @@ class PrefillProgram:
             rope.require(max(group.num_past) * size + 1)
             pages.page_cos, pages.page_sin = rope.at(tensors.ordinals * size)
         return pages
+
+
+def _captures(group: PageGroup, num_marks: int) -> list[QueryCapture]:
+    """One for each question of a group; none for text."""
+    if not group.is_query:
+        return []
+    firsts = group.firsts or [0]
+    ends = [end + len(tokens) for end, tokens in zip(group.end, group.tokens, strict=True)]
+    return [QueryCapture(end, num_marks, first) for end, first in zip(ends, firsts, strict=True)]

@@ -52,7 +52,7 @@ class RetroPrefill(PrefillProgram):
         super().__init__(*arguments)
         groups = self.chunk.groups
         self._sets = [
-            UnionAttention(self.parts, group, None) if isinstance(group, RevisedGroup) else own
+            UnionAttention(self.parts, group, []) if isinstance(group, RevisedGroup) else own
             for group, own in zip(groups, self._sets, strict=True)
         ]
 

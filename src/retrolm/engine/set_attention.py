@@ -6,6 +6,7 @@ H, K, D heads.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 import torch
@@ -21,25 +22,29 @@ from .group_tensors import GroupTensors
 from .head_sets import fold_queries, own_head, write_folded
 from .layer_call import LayerCall
 from .page_choice import PageSets
-from .page_rows import TokenRows
+from .page_rows import RunRows, TokenRows
 from .prefill_parts import PrefillParts
-from .set_runs import SetRun, most_pages, set_runs
+from .set_runs import SetRun, joint_runs, most_pages, set_runs
 
 
 class SetAttention:
     """Attention of one group of a chunk over all layers; what layers share is worked out once.
 
+    Args:
+        captures: of each page of a group of questions; none for text.
+
     Attributes:
         attended: most tokens of each kind of set in layers that choose pages, int64 [] each.
     """
 
-    def __init__(self, parts: PrefillParts, group: PageGroup, capture: QueryCapture | None) -> None:
+    def __init__(self, parts: PrefillParts, group: PageGroup, captures: Sequence[QueryCapture]) -> None:
         self._parts = parts
         self._group = group
-        self._capture = capture
+        self._captures = captures
         self._runs: dict[tuple[object, ...], list[SetRun]] = {}
         self._layouts: dict[tuple[object, ...], SetLayout] = {}
         self._blocks: dict[int, DenseBlock] = {}
+        self._pages: dict[tuple[object, ...], RunRows] = {}
         self._bounds = [0, *accumulate(group.lengths.sum(1).tolist())]
         self.attended: list[Tensor] = []
 
@@ -66,7 +71,9 @@ class SetAttention:
         picked = sets.picked_nS[run.rows.start * heads : run.rows.stop * heads, sets.picked_nS.shape[1] - run.size :]
         layout = self._layout(call.layer, on, run, picked)
         keys, values = self._gather(call.layer, on, run.rows, picked, layout)
-        q, out = (self._by_page(x, run) for x in (rows.q_THD, rows.out_THD))
+        own = slice(self._bounds[run.rows.start], self._bounds[run.rows.stop])
+        pages = self._pages_of(run, keys.device)
+        q, out = pages.padded(rows.q_THD[own]), pages.room_for(rows.out_THD[own])
         if sets.by_head:
             keys, values, q = own_head(keys, heads), own_head(values, heads), fold_queries(q, heads)
         q = rotate(q, layout.cos_q, layout.sin_q, out=head_major(q))
@@ -76,13 +83,17 @@ class SetAttention:
         )
         if sets.by_head:
             write_folded(found, out)
-        if self._capture is not None:
-            self._capture.keep(_kept(sets, keys, values, layout, picked))
+        pages.pack(out, rows.out_THD[own])
+        if self._captures:
+            for page, kept in _kept(sets, run.rows, keys, values, layout, picked):
+                self._captures[page].keep(kept)
 
-    def _by_page(self, x_THD: Tensor, run: SetRun) -> Tensor:
-        """The rows of a run's pages, which are equally long: a view [n, Q, H, D]."""
-        first, last = self._bounds[run.rows.start], self._bounds[run.rows.stop]
-        return x_THD[first:last].unflatten(0, (run.rows.stop - run.rows.start, -1))
+    def _pages_of(self, run: SetRun, device: torch.device) -> RunRows:
+        """How the rows of a run's pages stand; worked out once for all layers."""
+        key = (run.rows.start, run.rows.stop, device)
+        if key not in self._pages:
+            self._pages[key] = RunRows(self._group.lengths[run.rows].sum(1), device)
+        return self._pages[key]
 
     def _gather(
         self, layer: int, on: GroupTensors, rows: slice, picked_nS: Tensor, layout: SetLayout
@@ -110,7 +121,10 @@ class SetAttention:
         if key not in self._runs:
             num_local = self._parts.config.num_local_pages
             most = most_pages(info.device, self._set_bytes(sets))
-            self._runs[key] = set_runs(self._group, sets.sizes, sets.num_dense, num_local, by_choice, most)
+            if self._group.questions:
+                self._runs[key] = joint_runs(self._group, sets.sizes, num_local, by_choice, most)
+            else:
+                self._runs[key] = set_runs(self._group, sets.sizes, sets.num_dense, num_local, by_choice, most)
         return self._runs[key]
 
     def _set_bytes(self, sets: PageSets) -> int:
@@ -144,7 +158,7 @@ class SetAttention:
         """What two runs must agree in to share a layout."""
         group, table = self._group, self._group.table
         rows = slice(run.rows.start, run.rows.start + len(alike_nS))
-        lengths, starts = (tuple(x[alike_nS].flatten().tolist()) for x in (table.lengths, table.starts))
+        lengths, starts = (tuple(x.flatten().tolist()) for x in _room_of(alike_nS, table.lengths, table.starts))
         own_lengths, own_starts = (tuple(x[rows].flatten().tolist()) for x in (group.lengths, group.own_starts()))
         return lengths, starts, own_lengths, own_starts, tuple(group.end[rows])
 
@@ -152,13 +166,11 @@ class SetAttention:
         group, table = self._group, self._group.table
         rows = slice(run.rows.start, run.rows.start + len(alike_nS))
         own_starts, ends = group.own_starts()[rows], torch.tensor(group.end[rows])
-        return self._lay_out(
-            layer, run, table.lengths[alike_nS], table.starts[alike_nS], group.lengths[rows], own_starts, ends
-        )
+        past = _room_of(alike_nS, table.lengths, table.starts)
+        return self._lay_out(layer, run, *past, group.lengths[rows], own_starts, ends)
 
     def _lay_out_chosen(self, layer: int, on: GroupTensors, run: SetRun, picked_nS: Tensor) -> SetLayout:
-        lengths = on.table_lengths[picked_nS.clamp(min=0)] * (picked_nS >= 0)
-        starts = on.table_starts[picked_nS.clamp(min=0)]
+        lengths, starts = _room_of(picked_nS, on.table_lengths, on.table_starts)
         own = (_repeated(x[run.rows], len(picked_nS)) for x in (on.own_lengths, on.own_starts, on.ends))
         return self._lay_out(layer, run, lengths, starts, *own)
 
@@ -189,15 +201,28 @@ class SetAttention:
         )
 
 
+def _room_of(picked_nS: Tensor, lengths_P: Tensor, starts_P: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens in each slot, and where they begin in it; none in empty slots."""
+    places = picked_nS.clamp(min=0)
+    return lengths_P[places] * (picked_nS >= 0), starts_P[places]
+
+
 def _repeated(rows: Tensor, num: int) -> Tensor:
     """What belongs to a page, once for each of its sets."""
     return rows if len(rows) == num else rows.repeat_interleave(num // len(rows), 0)
 
 
-def _kept(sets: PageSets, keys: Tensor, values: Tensor, layout: SetLayout, picked: Tensor) -> LayerSet:
-    """What a question keeps of its set, or of the sets of its KV heads ([K, L, 1, D])."""
-    scores = None if sets.scores_nP is None else sets.scores_nP[0]
-    if not sets.by_head:
-        return LayerSet(keys[0], values[0], layout.valid_nL[0], picked[0], scores)
-    valid = layout.valid_nL.expand(len(keys), -1)
-    return LayerSet(keys[:, :, 0].transpose(0, 1), values[:, :, 0].transpose(0, 1), valid, picked, scores)
+def _kept(
+    sets: PageSets, pages: slice, keys: Tensor, values: Tensor, layout: SetLayout, picked: Tensor
+) -> Iterator[tuple[int, LayerSet]]:
+    """What the questions of a run keep of their sets, or one question of the sets of its KV heads ([K, L, 1, D])."""
+    scores = [None] * pages.stop if sets.scores_nP is None else sets.scores_nP
+    if sets.by_head:
+        own_keys, own_values = (x[:, :, 0].transpose(0, 1) for x in (keys, values))
+        yield pages.start, LayerSet(own_keys, own_values, layout.valid_nL.expand(len(keys), -1), picked, scores[0])
+        return
+    for row, page in enumerate(range(pages.start, pages.stop)):
+        alike = min(row, len(layout.valid_nL) - 1)  # one row can stand for all
+        held = layout.spans[alike]
+        valid = layout.valid_nL[alike, held]
+        yield page, LayerSet(keys[row, held], values[row, held], valid, picked[row], scores[page])

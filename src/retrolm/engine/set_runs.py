@@ -21,12 +21,12 @@ _MOST_BYTES = 2**27
 
 @dataclass
 class SetRun:
-    """Consecutive pages of a group with sets of one size and equal own lengths.
+    """Consecutive pages of a group with sets of one size and equal own lengths, or pages of several questions.
 
     Attributes:
-        rows: which pages of the group. size: pages each attends before itself.
+        rows: which pages of the group. size: pages each attends before itself, at most.
         alike: pages, int64 [1 or n, S] on the host, that take up the same room as those attended (one row stands for
-            all); None where that depends on the choice.
+            all), -1 where a slot is empty; None where that depends on the choice.
         layouts: of `alike`, by what layers differ in.
     """
 
@@ -63,6 +63,21 @@ def set_runs(
     return runs
 
 
+def joint_runs(group: PageGroup, sizes: Sequence[int], num_local: int, by_choice: bool, most: int) -> list[SetRun]:
+    """Runs of several questions' pages, whose sets differ in size and room; arguments as in `set_runs`."""
+    alike = []
+    for question, size, first in zip(group.questions, sizes, group.firsts, strict=True):
+        pages = set_runs(question, [size], 0, num_local, by_choice, 1)[0].alike
+        alike.append(None if pages is None else pages[0] + first)
+    cuts = [slice(at, min(at + most, len(group))) for at in range(0, len(group), most)]
+    return [SetRun(rows, max(sizes[rows]), _rows(alike[rows], max(sizes[rows]))) for rows in cuts]
+
+
+def joins_questions(device: torch.device) -> bool:
+    """Whether questions on several documents are worked on together: where launches, not caches, set the pace."""
+    return device.type != "cpu"
+
+
 def most_pages(device: torch.device, set_bytes: int) -> int:
     """How many pages one attention call should serve, whose gathered keys and values take `set_bytes` each."""
     return 1 if device.type == "cpu" else max(1, _MOST_BYTES // set_bytes)
@@ -84,6 +99,14 @@ def _alike(group: PageGroup, row: int, size: int, num_local: int, short: Sequenc
 
 def _row(pages: list[int] | None) -> Tensor | None:
     return None if pages is None else torch.tensor([pages], dtype=torch.int64)
+
+
+def _rows(alike: Sequence[Tensor | None], size: int) -> Tensor | None:
+    """Sets of several pages below each other, -1 at the left of smaller ones; None if any is unknown."""
+    known = [pages for pages in alike if pages is not None]
+    if len(known) < len(alike):
+        return None
+    return torch.stack([torch.nn.functional.pad(pages, (size - len(pages), 0), value=-1) for pages in known])
 
 
 def _recent(group: PageGroup, rows: slice, size: int) -> Tensor:
