@@ -51,7 +51,7 @@ def test_the_command_takes_adapters_and_knobs(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "tiny", max_position_embeddings=4096)
     words = ["eval", "--model", model, "--task", "ruler/vt", "--lengths", 1000, "--num-samples", 1, "--kv-budget", 256]
     words += ["--page-size", 32, "--out", tmp_path / "out"]
-    run_cli(*words, "--adapter", tmp_path / "nowhere").refused_in_one_line("holds no adapter")
+    run_cli(*words, "--adapter", tmp_path / "nowhere").refused_in_one_line("No adapter")
     run_cli(*words, "--set", "snapkw.window=8").refused_in_one_line("Did you mean 'snapkv'")
     run_cli(*words, "--set", "recency.window=8", "--method", "recency").refused_in_one_line("recency", "window")
 
