@@ -45,14 +45,12 @@ def export(
     """Write an adapter anew with other bits per weight, to share or ship it, or for PEFT to read."""
     from ..engine.adapter import describe_adapter, export_adapter
     from ..engine.shipped_adapters import resolve_adapter
+    from .retriever import show_export
 
     source = resolve_adapter(path)
     folder = export_adapter(source, out, bits)
     before, after = (describe_adapter(place)["weights_bytes"] for place in (source, folder))
-    if as_json:
-        print_json({"folder": str(folder), "bits": bits, "bytes": after, "bytes_before": before})
-        return
-    print(f"{folder}: {size(after)} with {bits} bits per weight (before: {size(before)})")
+    show_export(folder, bits, before, after, as_json)
 
 
 @command.command("push")

@@ -72,10 +72,7 @@ def export(
     source = resolve_retriever(path)
     folder = export_retriever(source, out, bits, rank)
     before, after = ((place / WEIGHTS_FILE).stat().st_size for place in (source, folder))
-    if as_json:
-        print_json({"folder": str(folder), "bits": bits, "bytes": after, "bytes_before": before})
-        return
-    print(f"{folder}: {size(after)} with {bits} bits per weight (before: {size(before)})")
+    show_export(folder, bits, before, after, as_json)
 
 
 @command.command("push")
@@ -91,6 +88,14 @@ def push(
     from ..engine.shipped import resolve_retriever
 
     show_push(push_retriever(resolve_retriever(path), repository, private=private, dry_run=dry_run), dry_run, as_json)
+
+
+def show_export(folder: Path, bits: int, before: int, after: int, as_json: bool) -> None:
+    """Say where the smaller copy is and how many bytes of weights it has."""
+    if as_json:
+        print_json({"folder": str(folder), "bits": bits, "bytes": after, "bytes_before": before})
+        return
+    print(f"{folder}: {size(after)} with {bits} bits per weight (before: {size(before)})")
 
 
 def show_push(plan: PushPlan, dry_run: bool, as_json: bool) -> None:
