@@ -168,7 +168,12 @@ class Recorder(LogitsProcessor):
 def test_question_page_and_decoding(name: str, question_tokens: int) -> None:
     """A text with a short last page, a question of odd length and 12 generated tokens, against the naive decode."""
     lm, naive = pair(name, kv_budget=5 * W)
-    text, question = random_ids(67).tolist(), random_ids(question_tokens, 5).tolist()
+    check_answer(lm, naive, random_ids(question_tokens, 5).tolist())
+
+
+def check_answer(lm: RetroLM, naive: NaiveRetroLM, question: list[int]) -> tuple[Any, NaivePage]:
+    """Ask a text of 67 tokens, hold logits and choices to the naive decode, and return the query of both."""
+    text = random_ids(67).tolist()
     with wide_softmax():
         document = lm.read(torch.tensor(text))
         query, logits = generate(lm, document, question)
@@ -177,6 +182,7 @@ def test_question_page_and_decoding(name: str, question_tokens: int) -> None:
     expected = torch.from_numpy(page.logits[len(question) - 1 : -1])
     assert (logits - expected).abs().max() <= TOLERANCE
     check_choices(lm, query.choices, page)
+    return query, page
 
 
 def generate(lm: RetroLM, document: Any, question: list[int]) -> tuple[Any, Tensor]:

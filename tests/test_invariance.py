@@ -171,6 +171,12 @@ def test_memory_that_was_never_written_is_never_used(
 ) -> None:
     ids = random_ids(157)
     clean = make(name, device_kv_bytes=cap).logits(ids)
+    poison_new_memory(monkeypatch)
+    assert torch.equal(make(name, device_kv_bytes=cap).logits(ids), clean)
+
+
+def poison_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill every slab with NaN as it grows."""
     grow = Slabs.grow
 
     def poisoned(self: Slabs, num_pages: int) -> None:
@@ -179,7 +185,6 @@ def test_memory_that_was_never_written_is_never_used(
             tensor.fill_(torch.nan)
 
     monkeypatch.setattr(Slabs, "grow", poisoned)
-    assert torch.equal(make(name, device_kv_bytes=cap).logits(ids), clean)
 
 
 @pytest.mark.parametrize("store_dtype", ["bfloat16", "float16", "float32"])

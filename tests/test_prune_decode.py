@@ -16,19 +16,12 @@ from retrolm.errors import UserError
 from retrolm.methods import METHODS
 from retrolm.methods.prune_base import PruneMethod
 from test_decode_stopping import Streamed, Watch
+from test_prune import method
 from tiny_models import random_ids, tiny_model
 
 NAMES = [name for name in METHODS if METHODS.get(name).kind == "prune"]
 LENGTHS = [37, 90, 8]
 BUDGET = 24
-
-
-def method(name: str, **knobs: Any) -> PruneMethod:
-    if name in ("snapkv", "pyramidkv"):
-        knobs = {"observation_window": 4, "pool_size": 3, **knobs}
-    found = METHODS.get(name).with_options(knobs)
-    assert isinstance(found, PruneMethod)
-    return found
 
 
 def attach(name: str = "llama") -> RetroLM:

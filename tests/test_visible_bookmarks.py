@@ -13,18 +13,17 @@ from retrolm.engine.model import RetroLM
 from retrolm.engine.text_loss import sparse_program
 from retrolm.engine.verify import verify
 from retrolm.errors import IncompatibleRetrieverError, UserError
-from retrolm.store.layout import Slabs
 from test_against_naive import (
     TOLERANCE,
     Recorder,
     W,
-    check_choices,
+    check_answer,
     check_reading,
     cut,
-    generate,
     pair,
     random_retriever,
 )
+from test_invariance import poison_new_memory
 from tiny_models import random_ids, tiny_model, wide_softmax
 from tiny_tokenizer import STORY, tiny_tokenizer
 
@@ -69,15 +68,8 @@ def test_every_option(options: dict[str, Any]) -> None:
 def test_question_page_and_decoding(name: str, question_tokens: int) -> None:
     """The answer sees the bookmarks of the pages it attends, not that of its own question."""
     lm, naive = visible(name, kv_budget=6 * (W + 1))
-    text, question = random_ids(67).tolist(), random_ids(question_tokens, 5).tolist()
-    with wide_softmax():
-        document = lm.read(torch.tensor(text))
-        query, logits = generate(lm, document, question)
-    naive.read(cut(text))
-    page = naive.ask(question, query.generated)
-    expected = torch.from_numpy(page.logits[len(question) - 1 : -1])
-    assert (logits - expected).abs().max() <= TOLERANCE
-    check_choices(lm, query.choices, page)
+    question = random_ids(question_tokens, 5).tolist()
+    query, page = check_answer(lm, naive, question)
     attended = len(question) + sum(len(naive.pages[i].tokens) + 1 for i in page.selected[1])
     assert query.choices[1].attended_tokens == attended <= 6 * (W + 1)
     assert query.peak_decode == attended + 11
@@ -166,14 +158,7 @@ def test_the_engines_own_loop_and_generate_agree(retrieve_every: int) -> None:
 def test_memory_that_was_never_written_is_never_used(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = random_ids(109)
     clean = make(name).logits(ids)
-    grow = Slabs.grow
-
-    def poisoned(self: Slabs, num_pages: int) -> None:
-        grow(self, num_pages)
-        for tensor in (*self._keys, *self._values):
-            tensor.fill_(torch.nan)
-
-    monkeypatch.setattr(Slabs, "grow", poisoned)
+    poison_new_memory(monkeypatch)
     assert torch.equal(make(name).logits(ids), clean)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dense_reference import Sequence, reference_scores
+from dense_reference import Sequence
 from retrolm.config import RetroConfig
 from retrolm.engine.bookmark_stream import page_scores
 from retrolm.engine.model import RetroLM
@@ -19,8 +19,8 @@ from retrolm.errors import IncompatibleRetrieverError, UserError
 from retrolm.paging import page_lengths
 from retrolm.retriever import PageRetriever
 from stage1_run_maker import tiny_backbone, tiny_recipe, tiny_trainer
-from test_against_naive import delta_matrices, random_retriever
-from test_bookmark_stream import centred, close
+from test_against_naive import random_retriever
+from test_bookmark_stream import check_values_and_gradients
 from tiny_models import exact_model, random_ids, tiny_model
 from tiny_tokenizer import STORY, tiny_tokenizer
 
@@ -67,22 +67,8 @@ def test_values_and_gradients_equal_the_dense_reference(name: str, num_prefix: i
     batch, singles = sequences(num_prefix)
     found = scores_of(lm, retriever, batch)[:, :, 0]
     assert not lm.model.training
-    generator = torch.Generator().manual_seed(0)
-    loss, expected_loss = (torch.zeros((), dtype=torch.float64) for _ in range(2))
-    bookmark = retriever.embedding.detach().clone().requires_grad_()
-    deltas = {key: value.clone().requires_grad_() for key, value in delta_matrices(lm, retriever).items()}
-    for row, single in enumerate(singles):
-        expected = centred(reference_scores(lm.model, single, bookmark, deltas))
-        scores = centred(found[:, row, : expected.shape[1]].double())
-        assert (scores - expected).abs().max() < 1e-5 * expected.abs().max()
-        weights = torch.randn(scores.shape, generator=generator, dtype=torch.float64)
-        loss, expected_loss = loss + (scores * weights).sum(), expected_loss + (expected * weights).sum()
-    loss.backward()
-    expected_loss.backward()
-    assert close(retriever.embedding.grad, bookmark.grad)
-    for shape in lm.backbone.projection_shapes():
-        gradient = retriever.deltas[shape.key].weight.grad
-        assert close(gradient, deltas[shape.layer, shape.name].grad), shape.key
+    num_scored = [len(single.pages) - 1 - len(page_lengths(num_prefix, W)) for single in singles]
+    check_values_and_gradients(lm, retriever, found, singles, num_scored)
 
 
 @pytest.mark.parametrize("num_prefix", [0, 11])
