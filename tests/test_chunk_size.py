@@ -27,14 +27,14 @@ def backbone(shape: str, device: str = "cuda", dtype: torch.dtype = torch.bfloat
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("shape", "tokens"), [("llama-8b", 4096), ("qwen-0.5b", 32768)])
-def test_a_gpu_reads_what_fits_and_fills_it(shape: str, tokens: int) -> None:
+@pytest.mark.parametrize(("shape", "tokens", "wide_tokens"), [("llama-8b", 8192, 4096), ("qwen-0.5b", 32768, 32768)])
+def test_a_gpu_reads_what_fits_and_fills_it(shape: str, tokens: int, wide_tokens: int) -> None:
     for page_size in (16, 128, 256):
         found = chunk_size.with_chunk_size(RetroConfig(page_size=page_size), backbone(shape))
         assert found.chunk_pages * page_size == tokens
         assert replace(found, chunk_pages=0) == RetroConfig(page_size=page_size)
     wide = chunk_size.with_chunk_size(RetroConfig(), backbone(shape, dtype=torch.float32))
-    assert wide.chunk_pages * 128 == tokens // 2
+    assert wide.chunk_pages * 128 == wide_tokens
 
 
 def test_a_page_longer_than_a_pass_is_read_alone() -> None:

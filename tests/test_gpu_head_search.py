@@ -49,7 +49,8 @@ def test_low_rank_keys_are_those_of_the_cpu(dtype: torch.dtype) -> None:
     keys = rows.unflatten(1, (8, 128)).transpose(0, 1).to(dtype)
     keys[..., 5] += 50  # a channel with a large bias, as Qwen2's
     here, there = low_rank(keys, 161), low_rank(keys.cuda(), 161).cpu()
-    assert (here.float() - there.float()).abs().max() < (1e-2 if dtype == torch.float32 else 0.6)
+    bar = 2e-3 if dtype == torch.float32 else 1e-2  # of the keys' size; a GPU's SVD goes another way
+    assert (here.float() - there.float()).abs().max() < bar * here.float().abs().max()
 
 
 def test_questions_are_those_of_the_cpu() -> None:

@@ -69,7 +69,8 @@ def test_long_prompts_in_bfloat16(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_captured_loop_answers_as_generate(name: str) -> None:
     """Ragged prompts, some shorter than the budget, then a longer batch over the same cache."""
-    lm = RetroLM(tiny_model("qwen2", dtype=torch.float32).cuda(), config=RetroConfig(kv_budget=64), method="full")
+    config = RetroConfig(kv_budget=64, page_size=8)
+    lm = RetroLM(tiny_model("qwen2", dtype=torch.float32).cuda(), config=config, method="full")
     method = METHODS.get(name).with_options({})
     assert isinstance(method, PruneMethod)
     for lengths in ((150, 90, 40), (700, 333, 64)):

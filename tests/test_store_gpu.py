@@ -79,6 +79,7 @@ def test_tiers_read_the_same(bits: int, page_size: int, slab_bytes: int, monkeyp
             new = pages(shape, len(some.unique()), 100 + step)
             for store in (tiered, resident):
                 store.write(layer, some.unique(), *new)
+        tiered.want(layer, some.to(CUDA)[None], ids.to(CUDA))
         found, expected = (store.read(layer, some.to(CUDA)) for store in (tiered, resident))
         assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
     stats = tiered.stats()

@@ -12,7 +12,7 @@ from .backbone import Backbone
 
 _PAGES_ON_CPU = 16
 _ACTIVATION_BYTES = 768 * 2**20
-_LAYER_FLOP = 2**40  # of a layer's matrix products in 16 bits: 2 ms and more, which is what launching a layer takes
+_LAYER_FLOP = 2**42  # of a layer's matrix products in 16 bits: 6 ms and more, which is what launching a layer takes
 _FEWEST_TOKENS, _MOST_TOKENS = 2048, 32768
 _HIDDEN_COPIES, _INNER_COPIES = 8, 3  # of a row's hidden and inner states that are alive at once, about
 

@@ -89,42 +89,46 @@ class ReplayMethod(_Watching):
     Args:
         recorded_LPS: as `RecordingMethod.selections` gives them; None = every page as likely as any other.
         num_layers, num_pages: of the text that is read now.
+        device: where scores are; what is chosen waits there, since making it ready is no part of reading.
     """
 
     name = "replay"
     summary = "chooses recorded pages"
 
-    def __init__(self, inner: PageMethod, recorded_LPS: Tensor | None, num_layers: int, num_pages: int) -> None:
+    def __init__(
+        self,
+        inner: PageMethod,
+        recorded_LPS: Tensor | None,
+        num_layers: int,
+        num_pages: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
         super().__init__(inner)
-        self._recorded = recorded_LPS
-        self._num_layers = num_layers
-        self._num_pages = num_pages
-        self._picked_LPS: Tensor | None = None
+        self._picked_LPS = None if recorded_LPS is None else _stretched(recorded_LPS, num_layers, num_pages).to(device)
 
     def _judge(self, scores_NP: Tensor, ordinals_N: Tensor, layers_N: Tensor) -> Tensor:
-        if self._recorded is None:
-            return torch.rand(scores_NP.shape, device=scores_NP.device)
         if self._picked_LPS is None:
-            self._picked_LPS = self._stretched(self._recorded).to(scores_NP.device)
+            return torch.rand(scores_NP.shape, device=scores_NP.device)
         num_rows, num_past = scores_NP.shape
         picked_NS = self._picked_LPS[layers_N, ordinals_N].clamp(max=num_past)  # behind all: what isn't there
         worth_S = torch.arange(picked_NS.shape[1], 0, -1, dtype=torch.float32, device=scores_NP.device)
         found = worth_S.new_zeros(num_rows, num_past + 1)
         return found.scatter_reduce_(1, picked_NS, worth_S.expand(num_rows, -1), "amax")[:, :num_past]
 
-    def _stretched(self, recorded_LPS: Tensor) -> Tensor:
-        """Recorded pages of like places, stretched to this text, int64 [layers, pages, S]; a large number = none."""
-        num_layers, num_recorded, _ = recorded_LPS.shape
-        stretch = self._num_pages / num_recorded
-        blocks, recorded_blocks = (-(-num // _BLOCK) for num in (self._num_pages, num_recorded))
-        ordinals_P = torch.arange(self._num_pages + _MORE_PAGES)
-        block_P = ordinals_P // _BLOCK * recorded_blocks // blocks
-        pages_P = (block_P * _BLOCK + ordinals_P % _BLOCK).clamp(max=num_recorded - 1)
-        rows_L = torch.arange(self._num_layers) * num_layers // self._num_layers
-        picked_LPS = recorded_LPS[rows_L[:, None], pages_P]
-        # Which of the pages that a recorded one stands for: any, but always the same one.
-        shift = picked_LPS * _SPREAD % max(int(stretch), 1)
-        return ((picked_LPS * stretch).long() + shift).where(picked_LPS >= 0, _NONE)
+
+def _stretched(recorded_LPS: Tensor, num_layers: int, num_pages: int) -> Tensor:
+    """Recorded pages of like places, stretched to this text, int64 [layers, pages, S]; a large number = none."""
+    recorded_layers, num_recorded, _ = recorded_LPS.shape
+    stretch = num_pages / num_recorded
+    blocks, recorded_blocks = (-(-num // _BLOCK) for num in (num_pages, num_recorded))
+    ordinals_P = torch.arange(num_pages + _MORE_PAGES)
+    block_P = ordinals_P // _BLOCK * recorded_blocks // blocks
+    pages_P = (block_P * _BLOCK + ordinals_P % _BLOCK).clamp(max=num_recorded - 1)
+    rows_L = torch.arange(num_layers) * recorded_layers // num_layers
+    picked_LPS = recorded_LPS[rows_L[:, None], pages_P]
+    # Which of the pages that a recorded one stands for: any, but always the same one.
+    shift = picked_LPS * _SPREAD % max(int(stretch), 1)
+    return ((picked_LPS * stretch).long() + shift).where(picked_LPS >= 0, _NONE)
 
 
 def save_selections(path: Path, recorded_LPS: Tensor, about: dict[str, Any]) -> None:

@@ -240,7 +240,7 @@ class ShapeBench:
         pages = -(-num_tokens // self._plan.config.page_size)
         self._lm.config = self._plan.config.replace(device_kv_bytes=device_kv_bytes)
         inner, layers = self._method, self._lm.backbone.num_layers
-        self._lm.method = ReplayMethod(inner, self._plan.recorded_LPS, layers, pages)
+        self._lm.method = ReplayMethod(inner, self._plan.recorded_LPS, layers, pages, self._device)
         try:
             ids = self._ids(num_tokens)
             started = self._now()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
 from ..retriever import CARD_FILE, read_card
@@ -13,18 +15,26 @@ SHIPPED = Path(__file__).parent.parent / "retrievers"
 
 def find_shipped(backbone: Backbone) -> Path | None:
     """Folder of the retriever shipped for this backbone, or None."""
-    fingerprint = backbone.fingerprint()
-    for path in shipped_retrievers():
-        if all(read_card(path).backbone.get(key) == value for key, value in fingerprint.items()):
-            return path
-    return None
+    return first_fitting(backbone, shipped_retrievers(), read_card)
 
 
 def shipped_retrievers() -> list[Path]:
     """Folders of all shipped retrievers."""
-    if not SHIPPED.is_dir():
-        return []
-    return sorted(path.parent for path in SHIPPED.glob(f"*/{CARD_FILE}"))
+    return folders_with(CARD_FILE, SHIPPED)
+
+
+def folders_with(card_file: str, place: Path) -> list[Path]:
+    """Folders in `place` that hold a card, sorted; none where there is no such place."""
+    return sorted(path.parent for path in place.glob(f"*/{card_file}")) if place.is_dir() else []
+
+
+def first_fitting(backbone: Backbone, folders: list[Path], card_of: Callable[[Path], Any]) -> Path | None:
+    """The first folder whose card names this backbone, or None."""
+    fingerprint = backbone.fingerprint()
+    for path in folders:
+        if all(card_of(path).backbone.get(key) == value for key, value in fingerprint.items()):
+            return path
+    return None
 
 
 def resolve_retriever(name: str) -> Path:

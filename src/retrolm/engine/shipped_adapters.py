@@ -7,22 +7,19 @@ from pathlib import Path
 from ..errors import UserError
 from .adapter import CARD_FILE, CONFIG_FILE, read_card
 from .backbone import Backbone
+from .shipped import first_fitting, folders_with
 
 SHIPPED = Path(__file__).parent.parent / "adapters"
 
 
 def shipped_adapters() -> list[Path]:
     """Folders of all shipped adapters."""
-    return sorted(path.parent for path in SHIPPED.glob(f"*/{CARD_FILE}")) if SHIPPED.is_dir() else []
+    return folders_with(CARD_FILE, SHIPPED)
 
 
 def find_shipped_adapter(backbone: Backbone) -> Path | None:
     """Folder of the adapter shipped for this backbone, or None."""
-    fingerprint = backbone.fingerprint()
-    for path in shipped_adapters():
-        if all(read_card(path).backbone.get(key) == value for key, value in fingerprint.items()):
-            return path
-    return None
+    return first_fitting(backbone, shipped_adapters(), read_card)
 
 
 def resolve_adapter(name: str | Path) -> Path:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..paging import PageTable
+from ..paging import PageTable, page_lengths
 from ..retriever import PageRetriever
 from .chunk import Chunk
 from .dense_pass import DenseStates
@@ -45,7 +45,7 @@ def streaming_states(lm: RetroLM, retriever: PageRetriever, batch: PageBatch) ->
     store = lm.new_store(sum(map(len, pages)))
     parts = lm.encoder_over(store, retriever=retriever).parts
     encoder = Encoder(parts, lm.attachment, retriever.embedding.detach())
-    texts = [paged_text(store, cut, -(-batch.num_prefix // W), lm.config) for cut in pages]
+    texts = [paged_text(store, cut, len(page_lengths(batch.num_prefix, W)), lm.config) for cut in pages]
     places = _Places(W, batch.tokens_BT.shape[1])
     encoder.read(texts)
     for row, text in enumerate(texts):
@@ -64,7 +64,7 @@ def _ask(
     groups = []
     for start, length in asked:
         tokens = row_ids[start : start + length]
-        ids = encoder.parts.store.reserve(-(-length // table.page_size))
+        ids = encoder.parts.store.reserve(len(page_lengths(length, table.page_size)))
         groups.append(encoder.query(table, ids, tokens))
         places.add_question(row, start, length, ids)
     encoder.encode(Chunk(groups, max(length for _, length in asked)))
@@ -89,8 +89,7 @@ class _Places:
         self._add(row, 0, table.ids, table.starts, table.lengths)
 
     def add_question(self, row: int, start: int, length: int, ids: Tensor) -> None:
-        lengths = torch.full((len(ids),), self.page_size)
-        lengths[-1] = length - self.page_size * (len(ids) - 1)
+        lengths = torch.tensor(page_lengths(length, self.page_size))
         self._add(row, start, ids, torch.zeros_like(lengths), lengths)
 
     def _add(self, row: int, first: int, ids: Tensor, starts_P: Tensor, lengths_P: Tensor) -> None:

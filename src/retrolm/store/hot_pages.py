@@ -41,7 +41,7 @@ class HotPages:
     def grow(self, num_pages: int) -> None:
         """Make room for pages that `host` has room for."""
         known = self._table.shape[1]
-        self._home = self._host.addresses(torch.arange(known + num_pages)).to(self._device)
+        self._home = self._host.addresses().to(self._device)
         self._table = torch.cat([self._table, self._home[:, known:]], 1)
         self._slot_of = self._longer(self._slot_of, num_pages, -1)
         self._asked = self._longer(self._asked, num_pages, 0)

@@ -208,7 +208,7 @@ class Slabs:
         self._values: list[Tensor] = []
         self._first: list[int] = []
         self._bounds = torch.empty(0, dtype=torch.int64)
-        self._bases = torch.empty(2, 0, dtype=torch.int64)
+        self._addresses: list[Tensor] = []
         self._table: Tensor | None = None
         self.capacity = 0
 
@@ -220,7 +220,7 @@ class Slabs:
         self._first.append(self.capacity)
         self._bounds = torch.tensor(self._first[1:], dtype=torch.int64)
         base = torch.tensor([[self._keys[-1].data_ptr()], [self._values[-1].data_ptr()]])
-        self._bases = torch.cat([self._bases, base], 1)
+        self._addresses.append(base + torch.arange(num_pages) * (self._layout.page_bytes // 2))
         self._table = None
         self.capacity += num_pages
 
@@ -276,16 +276,14 @@ class Slabs:
         """Bytes reserved by all slabs."""
         return sum(slab.nbytes for slab in (*self._keys, *self._values))
 
-    def addresses(self, ids: Tensor) -> Tensor:
-        """Where pages `ids` (on the host) lie in memory, int64 [2, N]: addresses of keys and of values."""
-        slab_of = torch.bucketize(ids, self._bounds, right=True)
-        inside = ids - torch.tensor(self._first)[slab_of]
-        return self._bases[:, slab_of] + inside * (self._layout.page_bytes // 2)
+    def addresses(self) -> Tensor:
+        """Where all pages lie in memory, int64 [2, capacity] on the host: addresses of keys and of values."""
+        return torch.cat([torch.empty(2, 0, dtype=torch.int64), *self._addresses], 1)
 
     def table(self) -> Tensor:
         """Addresses of all pages, int64 [2, capacity], on the device of the pages."""
         if self._table is None:
-            self._table = self.addresses(torch.arange(self.capacity)).to(self._device, non_blocking=True)
+            self._table = self.addresses().to(self._device, non_blocking=True)
         return self._table
 
     def _parts(self, ids: Tensor) -> list[tuple[int, Tensor | None]]:

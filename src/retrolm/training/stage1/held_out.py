@@ -66,14 +66,16 @@ def held_out_recall(
     """
     kinds = sorted({kind_of(part) for part, weight in data.context.config.weights.items() if weight > 0})
     counts = [torch.zeros(len(kinds), len(step.layers), 2, device=device) for step in steps]
+    for step in steps:
+        step.eval()
     for indices in batches:
         batch = collate([data[index] for index in indices]).to(device)
         of_text = torch.tensor([kinds.index(kind_of(source)) for source in batch.sources], device=device)
         frozen = steps[0].read(batch) if steps[0].reads_alike else None
         for step, found in zip(steps, counts, strict=True):
-            step.eval()
             found.index_add_(0, of_text[batch.sequence_N], _each(step(batch, frozen)))
-            step.train()
+    for step in steps:
+        step.train()
     return [_figures(kinds, total(found).cpu()) for found in counts]
 
 
