@@ -197,7 +197,7 @@ def test_the_engines_own_layers_read_as_the_stock_ones(
     name: str, mlp_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU: keys and values of texts with several questions, one of them shorter."""
-    monkeypatch.setattr(prefill_layers, "_MLP_ROWS", mlp_rows)
+    monkeypatch.setattr(prefill_layers, "_MLP_INNER", mlp_rows * 64)
     lm = attached(name)
     texts, questions = [random_ids(n, n).tolist() for n in (29, 18)], [random_ids(n, n).tolist() for n in (3, 11)]
     further = [[random_ids(6, row).tolist()] for row in range(2)]

@@ -50,7 +50,7 @@ def test_logits_and_answers_are_the_stock_layers(
     name: str, rows: int, fused: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the MLP runs over a few rows at a time."""
-    monkeypatch.setattr(prefill_layers, "_MLP_ROWS", rows)
+    monkeypatch.setattr(prefill_layers, "_MLP_INNER", rows * 64)
     ids, lm = random_ids(163), make(name)
     logits = lm.logits(ids)
     tokens = lm.generate(ids[None], max_new_tokens=12, do_sample=False)

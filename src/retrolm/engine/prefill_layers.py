@@ -16,7 +16,7 @@ from .attachment import Program
 from .backbone import Backbone
 from .decode_step import foreign_hook, fused_obstacle
 
-_MLP_ROWS = 4224  # of inner activations held at once
+_MLP_INNER = 4224 * 14336  # elements of an inner activation held at once: 120 MB in 16 bits
 
 
 def can_fuse(backbone: Backbone) -> bool:
@@ -56,11 +56,12 @@ def _attention(program: Program, layer: int, attention: Any, normed: Tensor, hea
 
 def _mlp(mlp: Any, normed: Tensor) -> Tensor:
     """The gated MLP; where there are many rows, some at a time and into the memory of its input."""
-    if normed.shape[1] <= _MLP_ROWS:
+    most = max(1, _MLP_INNER // int(mlp.down_proj.in_features))
+    if normed.shape[1] <= most:
         out: Tensor = mlp.down_proj(silu_times(mlp.gate_proj(normed), mlp.up_proj(normed)))
         return out
-    for first in range(0, normed.shape[1], _MLP_ROWS):
-        rows = normed[:, first : first + _MLP_ROWS]
+    for first in range(0, normed.shape[1], most):
+        rows = normed[:, first : first + most]
         rows.copy_(mlp.down_proj(silu_times(mlp.gate_proj(rows), mlp.up_proj(rows))))
     return normed
 
