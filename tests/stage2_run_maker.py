@@ -10,7 +10,8 @@ import torch
 
 from retrolm.config import RetroConfig
 from retrolm.engine.model import RetroLM
-from retrolm.training.stage2.config import Stage2DataConfig, Stage2Recipe, Stage2TrainConfig
+from retrolm.training.piece_config import PieceDataConfig
+from retrolm.training.stage2.config import Stage2Recipe, Stage2TrainConfig
 from retrolm.training.stage2.trainer import Stage2Trainer
 from test_against_naive import random_retriever
 from tiny_models import tiny_model
@@ -55,7 +56,7 @@ def write_documents(folder: Path) -> Path:
 
 def tiny_stage2_recipe(data: dict[str, Any] | None = None, **changes: Any) -> Stage2Recipe:
     """A recipe for pieces of 190 tokens; `changes` override its [train] table, `data` its [data] table."""
-    return Stage2Recipe(Stage2TrainConfig(**{**SETTINGS, **changes}), Stage2DataConfig(**{**DATA, **(data or {})}))
+    return Stage2Recipe(Stage2TrainConfig(**{**SETTINGS, **changes}), PieceDataConfig(**{**DATA, **(data or {})}))
 
 
 def tiny_stage2_backbone(name: str = "qwen2", seed: int = 0) -> RetroLM:

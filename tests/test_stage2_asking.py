@@ -14,8 +14,8 @@ from retrolm.engine.prompts import prompt_format
 from retrolm.errors import UserError
 from retrolm.training.data.documents import read_documents
 from retrolm.training.data.rows import Document, PairRow, Passage, RowCounts
+from retrolm.training.document_pieces import PieceStream, piece_cutter
 from retrolm.training.stage2.asking import AskingDocuments, answered_rows, passages_document, planted_document
-from retrolm.training.stage2.pieces import PieceStream, piece_cutter
 from stage2_run_maker import tiny_stage2_recipe
 from tiny_tokenizer import STORY, tiny_tokenizer
 

@@ -16,7 +16,7 @@ from retrolm.errors import UserError
 from retrolm.training.data.documents import read_documents
 from retrolm.training.data.hub import read_hub_documents
 from retrolm.training.data.rows import RowCounts
-from retrolm.training.stage2.pieces import PieceStream
+from retrolm.training.document_pieces import PieceStream
 from stage2_run_maker import tiny_stage2_recipe
 from tiny_tokenizer import STORY, tiny_tokenizer
 

@@ -20,9 +20,9 @@ from retrolm.config import RetroConfig
 from retrolm.engine.adapter import SMALL_WEIGHTS_FILE, WEIGHTS_FILE
 from retrolm.engine.model import RetroLM
 from retrolm.errors import UserError
+from retrolm.training.document_pieces import PieceStream
 from retrolm.training.run_log import LOG_FILE
 from retrolm.training.stage2.config import Stage2TrainConfig, load_recipe
-from retrolm.training.stage2.pieces import PieceStream
 from retrolm.training.stage2.trainer import ADAPTER_FOLDER, MODEL_FOLDER
 from stage2_run_maker import W, tiny_stage2_backbone, tiny_stage2_recipe, tiny_stage2_trainer, write_documents
 from tiny_models import random_ids

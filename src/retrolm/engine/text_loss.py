@@ -66,10 +66,15 @@ def token_losses(
     ids_T = sent(ids_T, backbone.device)
     hidden_TC = _hidden(backbone, ids_T, program, bookmark)
     first = max(num_prefix, 1)
+    return head_losses(backbone, hidden_TC[first - 1 : len(ids_T) - 1], ids_T[first:], chunk)
+
+
+def head_losses(backbone: Backbone, rows_LC: Tensor, labels_L: Tensor, chunk: int) -> Tensor:
+    """Negative log-likelihood of each label by the model's head, [L] (see `chunked_cross_entropy`)."""
     head: Any = backbone.model.get_output_embeddings()
     softcap = getattr(backbone.config, "final_logit_softcapping", None)
-    rows = hidden_TC[first - 1 : len(ids_T) - 1].to(head.weight.device)
-    return chunked_cross_entropy(rows, head.weight, ids_T[first:].to(rows.device), chunk, softcap)
+    rows = rows_LC.to(head.weight.device)
+    return chunked_cross_entropy(rows, head.weight, labels_L.to(rows.device), chunk, softcap)
 
 
 def _hidden(backbone: Backbone, ids_T: Tensor, program: SparseProgram | None, bookmark: Tensor) -> Tensor:

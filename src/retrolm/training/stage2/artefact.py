@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch import Tensor
 from ...engine.adapter import AdapterCard
 from ...engine.frozen_projections import FrozenProjections
 from ...engine.model import RetroLM
+from ...engine.whole_folder import whole_folder
 from ...retriever import RetrieverCard
 
 RETRIEVER_FOLDER = "retriever"
@@ -26,20 +25,13 @@ def save_model(lm: RetroLM, frozen: FrozenProjections, bookmark: Tensor, card: A
 
     The trained weights moved away from those that W^b was learned on, so W^b is written out in full.
     """
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    lm.model.save_pretrained(part)
-    if lm.tokenizer is not None:
-        lm.tokenizer.save_pretrained(part)
-    details: dict[str, Any] = {"stage2": card.details, "before": lm.retriever and lm.retriever.card.details}
-    name = f"{card.name}-retriever"
-    kept = RetrieverCard(lm.backbone.fingerprint(), 0, lm.config.page_size, name, details)
-    frozen.written_out(lm.retriever, bookmark, kept).save(part / RETRIEVER_FOLDER, bits=16)
-    text = json.dumps(dataclasses.asdict(card), indent=2, ensure_ascii=False) + "\n"
-    (part / "card.json").write_text(text, encoding="utf-8")
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(part, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with whole_folder(folder) as part:
+        lm.model.save_pretrained(part)
+        if lm.tokenizer is not None:
+            lm.tokenizer.save_pretrained(part)
+        details: dict[str, Any] = {"stage2": card.details, "before": lm.retriever and lm.retriever.card.details}
+        name = f"{card.name}-retriever"
+        kept = RetrieverCard(lm.backbone.fingerprint(), 0, lm.config.page_size, name, details)
+        frozen.written_out(lm.retriever, bookmark, kept).save(part / RETRIEVER_FOLDER, bits=16)
+        text = json.dumps(dataclasses.asdict(card), indent=2, ensure_ascii=False) + "\n"
+        (part / "card.json").write_text(text, encoding="utf-8")

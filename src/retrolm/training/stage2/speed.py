@@ -14,9 +14,10 @@ from torch import Tensor
 from ...engine.adapter import AdapterCard
 from ...engine.sparse_pass import SparseProgram
 from ...engine.text_loss import checkpoint_layers, sparse_program
+from ..piece_step import new_optimizer
 from .backbone import load_backbone
 from .config import Stage2Recipe, Stage2TrainConfig
-from .step import Stage2Step, new_optimizer
+from .step import Stage2Step
 
 PARTS = ("forward", "backward", "optimiser")
 CHECK_TOKENS = 999

@@ -6,17 +6,18 @@ import hashlib
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...engine.adapter import AdapterCard, LoraAdapter, new_adapter
 from ...engine.frozen_projections import FrozenProjections
 from ...engine.model import RetroLM
 from ...engine.sparse_pass import SparseProgram
 from ...engine.text_loss import sparse_program, token_losses
+from ..piece_step import PieceStep
 from .config import Stage2TrainConfig
 
 
-class Stage2Step(nn.Module):
+class Stage2Step(PieceStep):
     """Holds what is trained: an adapter, or the model itself.
 
     Args:
@@ -88,14 +89,3 @@ def retriever_digest(lm: RetroLM) -> str | None:
     for value in lm.retriever.state_dict().values():
         digest.update(value.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def new_optimizer(step: Stage2Step, train: Stage2TrainConfig) -> torch.optim.AdamW:
-    """AdamW over what is trained, on its device; matrices decay, vectors don't."""
-    trained = [p for p in step.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": train.weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    on_gpu = trained[0].device.type == "cuda"
-    return torch.optim.AdamW(groups, lr=train.lr, betas=(0.9, train.beta2), fused=on_gpu or None)

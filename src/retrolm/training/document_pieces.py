@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from ...engine.prompts import PromptFormat, prompt_format
-from ...errors import UserError
-from ..data.documents import read_documents
-from ..data.hub import read_hub_documents
-from ..data.rows import Document, RowCounts, content_hash
-from .config import Stage2DataConfig
+from ..engine.prompts import PromptFormat, prompt_format
+from ..errors import UserError
+from .data.documents import read_documents
+from .data.hub import read_hub_documents
+from .data.rows import Document, RowCounts, content_hash
+from .piece_config import PieceDataConfig
 
 
 def prefix_ids(tokenizer: Any, prefix: str) -> list[int]:
@@ -41,7 +41,7 @@ class PieceStream(IterableDataset[Tensor]):
 
     def __init__(
         self,
-        config: Stage2DataConfig,
+        config: PieceDataConfig,
         tokenizer: Any,
         data_root: Path,
         start: int = 0,
@@ -78,7 +78,7 @@ class PieceStream(IterableDataset[Tensor]):
         return read_documents(self._data_root / self._config.path, RowCounts())
 
 
-def piece_cutter(config: Stage2DataConfig, tokenizer: Any) -> Callable[[Document], list[Tensor]]:
+def piece_cutter(config: PieceDataConfig, tokenizer: Any) -> Callable[[Document], list[Tensor]]:
     """A function from a document to its pieces: [prefix | tokens], `max_tokens` long, the last one maybe shorter.
 
     A document with turns is one piece that ends with them; one longer than a piece is left out.
@@ -122,7 +122,7 @@ def interleaved(documents: Iterable[list[Tensor]], width: int, chooser: random.R
             open_documents.pop(chosen)
 
 
-def held_out_pieces(config: Stage2DataConfig, tokenizer: Any, data_root: Path) -> tuple[list[Tensor], frozenset[int]]:
+def held_out_pieces(config: PieceDataConfig, tokenizer: Any, data_root: Path) -> tuple[list[Tensor], frozenset[int]]:
     """The first pieces of the held-out documents, one of each in turn, and the hashes of all of them."""
     if not config.dev_path:
         return [], frozenset()
