@@ -1,4 +1,4 @@
-"""`retrolm train`: a page retriever (stage 1), or a backbone on sparse KV (stage 2).
+"""`retrolm train`: a page retriever (stage 1), a backbone on sparse KV (stage 2), or Landmark Attention.
 
 Run it by itself, or under `accelerate launch` on several GPUs.
 """
@@ -20,13 +20,15 @@ from .train_recall import recall
 from .train_speed import speed
 from .train_view import report, training_progress
 
-command = typer.Typer(help="Train a page retriever, or the backbone on sparse KV.")
+command = typer.Typer(help="Train a page retriever, the backbone on sparse KV, or landmarks.")
 
 
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out, if any.")]
 StopOption = Annotated[
     float | None, typer.Option("--stop-after", help="Stop after so many seconds, to be resumed.", show_default=False)
 ]
+DataRootOption = Annotated[Path, typer.Option("--data-root", help="Folder that the recipe's paths are relative to.")]
+OutOption = Annotated[Path, typer.Option("--out", help="Folder for checkpoint, log and what is trained.")]
 TrackerOption = Annotated[
     list[str] | None,
     typer.Option("--tracker", help="Also log to a tracker: tensorboard, wandb, …; may be repeated.",
@@ -36,7 +38,7 @@ TrackerOption = Annotated[
 
 @command.callback()
 def _group() -> None:
-    """Train a page retriever (stage 1), or the backbone on sparse KV (stage 2)."""
+    """Train a page retriever (stage 1), the backbone on sparse KV (stage 2), or landmarks."""
 
 
 @command.command("stage1")
@@ -69,8 +71,8 @@ def stage1(
 @command.command("stage2")
 def stage2(
     config: ConfigArgument,
-    data_root: Annotated[Path, typer.Option("--data-root", help="Folder that the recipe's paths are relative to.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for checkpoint, log and what is trained.")],
+    data_root: DataRootOption,
+    out: OutOption,
     resume: ResumeOption = False,
     settings: SettingsOption = None,
     stop_after: StopOption = None,
@@ -89,6 +91,31 @@ def stage2(
     if trainer.accelerator.is_main_process:
         what = "Adapter" if trainer.step_module.adapter is not None else "Model"
         report(trainer, complete, what, trainer.artefact_folder)
+    trainer.close()
+
+
+@command.command("landmark")
+def landmark(
+    config: ConfigArgument,
+    data_root: DataRootOption,
+    out: OutOption,
+    resume: ResumeOption = False,
+    settings: SettingsOption = None,
+    stop_after: StopOption = None,
+    trackers: TrackerOption = None,
+) -> None:
+    """Train Landmark Attention by language modelling in a short context, with checkpoints.
+
+    The result is a folder with the landmarks' embedding and a LoRA adapter, for `--set landmark.weights=FOLDER`.
+    """
+    from ..training.landmark.config import load_recipe
+
+    recipe = load_recipe(config, parse_overrides(settings or ()))
+    _check_stop(stop_after)
+    trainer = _landmark_trainer(recipe, data_root, out, trackers or ())
+    complete = _run(trainer, recipe.train.num_steps, resume, stop_after)
+    if trainer.accelerator.is_main_process:
+        report(trainer, complete, "Landmarks", trainer.artefact_folder)
     trainer.close()
 
 
@@ -131,3 +158,12 @@ def _stage2_trainer(recipe: Any, data_root: Path, out: Path, trackers: Sequence[
 
         silence_libraries()
         return Stage2Trainer(recipe, load_backbone(recipe), data_root, out, trackers=trackers)
+
+
+def _landmark_trainer(recipe: Any, data_root: Path, out: Path, trackers: Sequence[str]) -> Any:
+    with waiting(f"Loading {recipe.train.model} …"):
+        from ..engine.quiet import silence_libraries
+        from ..training.landmark.trainer import LandmarkTrainer, load_backbone
+
+        silence_libraries()
+        return LandmarkTrainer(recipe, load_backbone(recipe), data_root, out, trackers=trackers)
