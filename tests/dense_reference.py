@@ -142,7 +142,16 @@ def _visible_pairs(sequence: Sequence, window: int | None) -> tuple[Tensor, Tens
     return distance, allowed
 
 
-def _attend(model: Any, index: int, q: Tensor, k: Tensor, v: Tensor, distance: Tensor, allowed: Tensor) -> Tensor:
+def _attend(
+    model: Any,
+    index: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    distance: Tensor,
+    allowed: Tensor,
+    added: Tensor | float = 0.0,
+) -> Tensor:
     kinds = getattr(model.config, "layer_types", None)
     per_type = isinstance(next(iter(model.config.rope_parameters.values())), dict)
     frequencies, scaling = model.model.rotary_emb.frequencies(kinds[index] if kinds and per_type else None)
@@ -159,6 +168,7 @@ def _attend(model: Any, index: int, q: Tensor, k: Tensor, v: Tensor, distance: T
     logits = (even + odd + rest) * model.model.layers[index].self_attn.scaling
     if cap := getattr(model.config, "attn_logit_softcapping", None):
         logits = cap * torch.tanh(logits / cap)
+    logits = logits + added
     return torch.einsum("hij,jhd->ihd", logits.masked_fill(~allowed, -torch.inf).softmax(-1), v)
 
 

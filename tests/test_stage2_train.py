@@ -20,8 +20,11 @@ from retrolm.config import RetroConfig
 from retrolm.engine.adapter import SMALL_WEIGHTS_FILE, WEIGHTS_FILE
 from retrolm.engine.model import RetroLM
 from retrolm.errors import UserError
+from retrolm.retriever import WEIGHTS_FILE as RETRIEVER_FILE
+from retrolm.retriever import read_card
 from retrolm.training.document_pieces import PieceStream
 from retrolm.training.run_log import LOG_FILE
+from retrolm.training.stage2.artefact import RETRIEVER_FOLDER
 from retrolm.training.stage2.config import Stage2TrainConfig, load_recipe
 from retrolm.training.stage2.trainer import ADAPTER_FOLDER, MODEL_FOLDER
 from stage2_run_maker import W, tiny_stage2_backbone, tiny_stage2_recipe, tiny_stage2_trainer, write_documents
@@ -40,6 +43,10 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def weights(out: Path) -> bytes:
     return (out / ADAPTER_FOLDER / WEIGHTS_FILE).read_bytes()
+
+
+def retriever_bytes(out: Path) -> bytes:
+    return (out / RETRIEVER_FOLDER / RETRIEVER_FILE).read_bytes()
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
@@ -71,7 +78,10 @@ def test_killed_runs_end_with_the_same_bits(documents: Path, tmp_path: Path) -> 
     assert rows(out) == rows(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("changes", [{}, {"attention": "full"}, {"weights": "full", "lr": 1e-3}])
+JOINT = {"train_retriever": True, "retriever_lr": 1e-2}
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention": "full"}, {"weights": "full", "lr": 1e-3}, JOINT])
 def test_stopping_by_time_and_going_on(changes: dict[str, Any], documents: Path, tmp_path: Path) -> None:
     assert tiny_stage2_trainer(tmp_path / "whole", documents, dev_every=3, **changes).run()
     runs = 0
@@ -83,6 +93,8 @@ def test_stopping_by_time_and_going_on(changes: dict[str, Any], documents: Path,
     name = "model.safetensors" if "weights" in changes else WEIGHTS_FILE
     one, two = (load_file(tmp_path / part / folder / name) for part in ("whole", "parts"))
     assert all(torch.equal(value, two[key]) for key, value in one.items())
+    if "train_retriever" in changes:
+        assert retriever_bytes(tmp_path / "parts") == retriever_bytes(tmp_path / "whole")
 
 
 def free_port() -> int:
@@ -92,20 +104,28 @@ def free_port() -> int:
 
 
 def test_two_processes_equal_one(documents: Path, tmp_path: Path) -> None:
-    """By the configuration file that comes along, here on a CPU."""
-    settings = {"lr": 1e-3, "accumulate": 4, "num_steps": 4, "log_every": 1, "dev_every": 2}
+    """By the configuration file that comes along, here on a CPU; the retriever is trained, too."""
+    settings = {"lr": 1e-3, "accumulate": 4, "num_steps": 4, "log_every": 1, "dev_every": 2, "bits": 32}
+    settings |= {"train_retriever": True, "retriever_lr": 1e-4}
     assert tiny_stage2_trainer(tmp_path / "one", documents, **settings).run()
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(DATA_PARALLEL)]
     launch += ["--main_process_port", str(free_port()), str(WORKER)]
-    command = [*launch, str(documents), str(tmp_path / "two"), *(f"{key}={value}" for key, value in settings.items())]
+    command = [
+        *launch,
+        str(documents),
+        str(tmp_path / "two"),
+        *(f"{key}={json.dumps(value)}" for key, value in settings.items()),
+    ]
     environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("processes 2") == 1
     for row, other in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         assert row == pytest.approx(other, abs=2e-4)
-    one, two = (load_file(tmp_path / name / ADAPTER_FOLDER / WEIGHTS_FILE) for name in ("one", "two"))
-    assert all(torch.allclose(value.float(), two[key].float(), rtol=0, atol=2e-5) for key, value in one.items())
+    parts = ((f"{ADAPTER_FOLDER}/{WEIGHTS_FILE}", 2e-5), (f"{RETRIEVER_FOLDER}/{RETRIEVER_FILE}", 2e-6))
+    for part, most in parts:
+        one, two = (load_file(tmp_path / name / part) for name in ("one", "two"))
+        assert all(torch.allclose(value.float(), two[key].float(), rtol=0, atol=most) for key, value in one.items())
 
 
 def test_a_step_trains_the_adapter_alone(documents: Path, tmp_path: Path) -> None:
@@ -119,6 +139,56 @@ def test_a_step_trains_the_adapter_alone(documents: Path, tmp_path: Path) -> Non
     assert trainer.dev_loss() < at_first  # type: ignore[operator]
     assert all(torch.equal(value, before[name]) for name, value in lm.model.state_dict().items())
     assert all(torch.equal(value, kept[name]) for name, value in lm.retriever.state_dict().items())  # type: ignore[union-attr]
+
+
+def test_the_retriever_trains_with_the_adapter(documents: Path, tmp_path: Path) -> None:
+    """All of it, at a rate of its own; what is saved beside the adapter is what was used, and tells of both."""
+    lm, first = tiny_stage2_backbone(), tiny_stage2_backbone().retriever
+    before = {name: value.clone() for name, value in lm.model.state_dict().items()}
+    trainer = tiny_stage2_trainer(tmp_path, documents, lm, num_steps=3, dev_every=3, bits=32, **JOINT)
+    assert trainer.run() and lm.retriever is not None and first is not None
+    assert all(torch.equal(value, before[name]) for name, value in lm.model.state_dict().items())
+    reached = {
+        name for name, value in lm.retriever.named_parameters() if not torch.equal(value, first.get_parameter(name))
+    }
+    # No layer chooses by values of the last layer's bookmarks, whose rows end there.
+    assert reached == set(first.state_dict()) - {"deltas.layers_2_v_proj.weight"}
+    assert torch.equal(trainer.step_module.bookmark, lm.retriever.embedding)  # type: ignore[arg-type]
+    assert trainer.retriever_folder == tmp_path / RETRIEVER_FOLDER
+    ids, again = random_ids(150), tiny_stage2_backbone()
+    again.use_adapter(trainer.artefact_folder)
+    alone = again.logits(ids)
+    again.use_retriever(trainer.retriever_folder)
+    found, expected = again.logits(ids), lm.logits(ids)
+    assert torch.allclose(found, expected, atol=1e-4) and not torch.allclose(alone, expected, atol=1e-2)
+    card = read_card(trainer.retriever_folder)
+    assert card.details["joint"]["step"] == 3 and card.details["joint"]["recipe"]["train"]["train_retriever"]
+    assert card.details["before"] == first.card.details and card.name == "tiny-joint-retriever"
+
+
+def test_a_rate_of_nothing_leaves_the_run_as_it_is(documents: Path, tmp_path: Path) -> None:
+    """Training the retriever changes nothing else: with hardly any rate the adapter's numbers are those without."""
+    assert tiny_stage2_trainer(tmp_path / "kept", documents).run()
+    assert tiny_stage2_trainer(tmp_path / "joint", documents, train_retriever=True, retriever_lr=1e-30).run()
+    assert weights(tmp_path / "kept") == weights(tmp_path / "joint")
+
+
+def test_with_all_weights_the_retriever_that_is_saved_is_the_trained_one(documents: Path, tmp_path: Path) -> None:
+    lm = tiny_stage2_backbone()
+    trainer = tiny_stage2_trainer(tmp_path, documents, lm, weights="full", **{**JOINT, "lr": 1e-3})
+    assert trainer.run() and trainer.retriever_folder is None and lm.retriever is not None
+    folder = tmp_path / MODEL_FOLDER
+    new = RetroLM.from_pretrained(folder, retriever=folder / "retriever", dtype="float32", kv_budget=5 * W, page_size=W)
+    first, rows_in = tiny_stage2_backbone(), torch.randn(5, lm.backbone.hidden_size)
+    assert first.retriever is not None and new.retriever is not None
+    for layer in range(1, 3):
+        attention = (x.backbone.layers[layer].attention.k_proj for x in (new, first))
+        with torch.no_grad():
+            found, expected = (torch.nn.functional.linear(rows_in, module.weight) for module in attention)
+            before, trained, kept = (
+                x.delta(layer, "k_proj", rows_in) for x in (first.retriever, lm.retriever, new.retriever)
+            )
+        assert float((found + kept - expected - trained).abs().max()) < 0.05 < float((trained - before).abs().max())
 
 
 @pytest.mark.parametrize("bits", [8, 16, 32])
@@ -166,10 +236,10 @@ def test_all_weights_come_with_w_b_written_out(documents: Path, tmp_path: Path) 
     assert float(saved) == pytest.approx(trained, abs=2e-3)
 
 
-@pytest.mark.parametrize("attention", ["sparse", "full"])
-def test_all_weights_in_bfloat16_are_kept_in_float32(attention: str, documents: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"attention": "full"}, JOINT], ids=str)
+def test_all_weights_in_bfloat16_are_kept_in_float32(options: dict[str, Any], documents: Path, tmp_path: Path) -> None:
     """Small steps would be rounded away in bfloat16 weights (D25)."""
-    changes = {"weights": "full", "dtype": "bfloat16", "lr": 1e-3, "attention": attention}
+    changes = {"weights": "full", "dtype": "bfloat16", "lr": 1e-3, **options}
     trainer = tiny_stage2_trainer(tmp_path, documents, **changes)
     at_first = trainer.dev_loss()
     assert trainer.run()
@@ -206,6 +276,9 @@ def test_pieces_depend_on_their_number_alone(start: int, stride: int, documents:
         ({}, {"attention": "dense"}, "attention='dense'"),
         ({}, {"lr": 2.0}, "lr must lie"),
         ({}, {"bits": 4}, "bits=4"),
+        ({}, {"train_retriever": True, "attention": "full"}, "train_retriever needs attention"),
+        ({}, {"train_retriever": True, "retriever": "none"}, "a retriever to begin with"),
+        ({}, {"train_retriever": True, "retriever_lr": 1.0}, "retriever_lr must lie"),
         ({}, {"kv_budget": 20}, "kv_budget=20 is under 3 pages"),
         ({}, {"num_workers": 3}, "num_workers must be 0 or 1"),
     ],
@@ -220,6 +293,10 @@ def test_unusable_runs_are_refused(documents: Path, tmp_path: Path) -> None:
         tiny_stage2_trainer(tmp_path / "a", documents, data={"epochs": 1}, num_steps=500).run()
     with pytest.raises(UserError, match="exceeds the model's window of 1024"):
         tiny_stage2_trainer(tmp_path / "b", documents, data={"max_tokens": 2000}, attention="full")
+    with pytest.raises(UserError, match="No page retriever comes with 'tiny'"):
+        lm = tiny_stage2_backbone()
+        lm.retriever = None
+        tiny_stage2_trainer(tmp_path / "e", documents, lm, train_retriever=True)
     with pytest.raises(UserError, match="No document has 190 tokens"):
         (tmp_path / "books.jsonl").write_text('{"text": "Too short."}\n')
         tiny_stage2_trainer(tmp_path / "c", tmp_path, data={"min_tokens": 190, "dev_path": ""}).run()

@@ -91,6 +91,8 @@ def stage2(
     if trainer.accelerator.is_main_process:
         what = "Adapter" if trainer.step_module.adapter is not None else "Model"
         report(trainer, complete, what, trainer.artefact_folder)
+        if complete and trainer.retriever_folder is not None:
+            print(f"Retriever: {trainer.retriever_folder}")
     trainer.close()
 
 

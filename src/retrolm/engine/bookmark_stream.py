@@ -21,6 +21,7 @@ from .attachment import Attachment, PassIsOver
 from .backbone import Backbone
 from .bookmark_sets import BookmarkSets
 from .dense_pass import DenseStates
+from .frozen_projections import FrozenProjections
 from .page_batch import PageBatch
 from .prefill_layers import can_fuse
 from .rope_table import RopeTable
@@ -49,8 +50,9 @@ class BookmarkProgram:
         batch: PageBatch,
         dense: DenseStates,
         config: RetroConfig,
+        frozen: FrozenProjections | None = None,
     ) -> None:
-        self._backbone = backbone
+        self._backbone, self._frozen = backbone, frozen
         self._places_BM = scoring_places(backbone, batch, config)
         self._retriever = retriever
         self._dense = dense
@@ -68,10 +70,16 @@ class BookmarkProgram:
 
     def _changed(self, layer: int, name: str, rows: Tensor, out: Tensor) -> Tensor | None:
         delta = None if self._retriever is None else self._retriever.delta(layer, name, rows).to(out.dtype)
-        if name == "k_proj":
+        content, found = None, out
+        if self._frozen is not None:
+            found, content = self._frozen.project(layer, name, rows, out.dtype)
+        elif name == "k_proj":
             content = self._backbone.content_keys(layer, rows, out)
+        if name == "k_proj":
             self._content = content if content is None or delta is None else content + delta
-        return None if delta is None else out + delta
+        if delta is not None:
+            found = found + delta
+        return None if found is out else found
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
         rope = self._backbone.rope(layer)
@@ -139,6 +147,7 @@ def bookmark_stream(
     batch: PageBatch,
     dense: DenseStates,
     config: RetroConfig | None = None,
+    frozen: FrozenProjections | None = None,
 ) -> BookmarkStates:
     """Run one bookmark per page.
 
@@ -146,9 +155,10 @@ def bookmark_stream(
         retriever: None = untrained copies. bookmark: embedding [hidden].
         dense: the frozen pass over the same batch.
         config: `bookmark_span` and `score_rope` are honoured (D13, D3); None = the defaults.
+        frozen: the projections that bookmarks use where the model's own are being trained.
     """
     backbone.require_positions(_num_sink(batch) + batch.sizes.widest + 2)
-    program = BookmarkProgram(backbone, retriever, batch, dense, config or RetroConfig())
+    program = BookmarkProgram(backbone, retriever, batch, dense, config or RetroConfig(), frozen)
     B, M = batch.lengths_BM.shape
     rows = bookmark.to(backbone.dtype).expand(B, M, -1)
     with attachment.run(program), shapes_may_vary(backbone.device):

@@ -20,6 +20,7 @@ from .backbone import Backbone
 from .bookmark_attention import attend_bookmarks
 from .frozen_projections import FrozenProjections
 from .layer_call import LayerCall
+from .page_pulls import PagePulls
 from .placement import sent
 from .sparse_pages import SparsePages
 from .sparse_sets import SparseSets, latest_pages
@@ -33,12 +34,14 @@ class SparseProgram:
         detach_pages: keep gradients out of selected pages' keys and values (less memory, another gradient).
         dense_block: take the leading pages, which see everything, as one block. Off only to test the other path.
         frozen: the projections that bookmark rows use where the model's own are being trained.
+        train_retriever: let the backward pass leave what `page_pulls.retriever_gradients` takes.
         adapter: the one at work on the backbone, if any.
 
     Attributes:
         chosen: layer → ordinals each page attends, int64 [M, S], -1 where a set is smaller; kept for the second run
             of a layer under checkpointing.
-        sets: what normal tokens attend. retriever, frozen, adapter: as given.
+        sets: what normal tokens attend. config, retriever, frozen, adapter: as given.
+        pulls: what the backward pass leaves for the retriever, or None if that isn't trained.
     """
 
     def __init__(
@@ -53,12 +56,15 @@ class SparseProgram:
         dense_block: bool = True,
         frozen: FrozenProjections | None = None,
         adapter: LoraAdapter | None = None,
+        train_retriever: bool = False,
     ) -> None:
-        self._backbone, self._config, self._method = backbone, config, method
+        self._backbone, self.config, self._method = backbone, config, method
         self.frozen, self.retriever, self.adapter, self.pages = frozen, retriever, adapter, pages
         self.num_bookmarks = len(pages.lengths) if method.needs_bookmarks else 0
         self.chosen: dict[int, Tensor] = {}
-        self.sets = SparseSets(backbone, config, pages, detach_pages, dense_block)
+        layers = [n for n in range(config.num_skip_layers, backbone.num_layers) if backbone.retrieves(n)]
+        self.pulls = PagePulls(pages, layers, config.num_local_pages) if train_retriever else None
+        self.sets = SparseSets(backbone, config, pages, detach_pages, dense_block, self.pulls)
         self._content: Tensor | None = None
         self._lengths: dict[torch.device, Tensor] = {}
         self._limits: dict[tuple[int, torch.device], tuple[list[int], list[int], tuple[Tensor, Tensor]]] = {}
@@ -117,7 +123,7 @@ class SparseProgram:
     ) -> Tensor:
         """Attention of the bookmarks, [M, H, D]; queries [M, H, D], keys and values [M, K, D], pages [M, W, K, D]."""
         own_k, own_v = (self.pages.left_aligned(x) for x in pages)
-        sees_sink = self._config.bookmark_span == "sink_page"
+        sees_sink = self.config.bookmark_span == "sink_page"
         num_sink = self.pages.lengths[0] if sees_sink else 0
         M = len(self.pages.lengths)
         sink_k, sink_v = (x[:1, :num_sink].expand(M, -1, -1, -1) for x in (own_k, own_v))
@@ -145,18 +151,18 @@ class SparseProgram:
         method = self._method_for(layer)
         pages = self._page_tensors(layer, method, q, keys)
         if self.num_bookmarks:
-            pages.bookmark_q_NHD, pages.bookmark_k_NKD = marks[0], mark_keys if self._config.score_rope else marks[1]
+            pages.bookmark_q_NHD, pages.bookmark_k_NKD = marks[0], mark_keys if self.config.score_rope else marks[1]
         probes = method.probe(pages)
-        if self._config.causal_selection:
+        if self.config.causal_selection:
             probes = torch.cat([probes[:1], probes[:-1]])
         scores = method.score(probes, method.digest(pages)).float()
         past, room, there = self._limits_of(counts, device)
-        self.chosen[layer] = choose_pages(scores, past, room, 1, self._config.num_local_pages, None, there)
+        self.chosen[layer] = choose_pages(scores, past, room, 1, self.config.num_local_pages, None, there)
 
     def _method_for(self, layer: int) -> PageMethod:
-        if layer >= self._config.num_skip_layers:
+        if layer >= self.config.num_skip_layers:
             return self._method
-        return page_method("mean_key" if self._config.first_layer_mode == "mean_key" else "recency")()
+        return page_method("mean_key" if self.config.first_layer_mode == "mean_key" else "recency")()
 
     def _page_tensors(self, layer: int, method: PageMethod, q: Tensor, keys: Tensor) -> PageTensors:
         ordinals = torch.arange(len(self.pages.lengths), device=q.device)
@@ -168,7 +174,7 @@ class SparseProgram:
             table, pages.page_size = self._backbone.rope(layer), self.pages.page_size
             table.require(len(ordinals) * pages.page_size + queries.shape[1])
             pages.rope = table.at
-        if self._config.score_rope:
+        if self.config.score_rope:
             rope = self._backbone.rope(layer)
             rope.require(len(ordinals) * self.pages.page_size)
             pages.page_cos, pages.page_sin = rope.at(ordinals * self.pages.page_size)

@@ -22,6 +22,7 @@ from ..paging import room_for_past
 from .backbone import Backbone
 from .gather import SetLayout, lay_out
 from .layer_call import LayerCall
+from .page_pulls import PagePulls
 from .placement import sent
 from .sparse_pages import SparsePages
 
@@ -63,13 +64,20 @@ class SparseSets:
     Args:
         detach_pages: keep gradients out of selected pages' keys and values.
         dense_block: take the leading pages, which see everything, as one block.
+        pulls: is told what the retriever is to learn from, if it is being trained.
     """
 
     def __init__(
-        self, backbone: Backbone, config: RetroConfig, pages: SparsePages, detach_pages: bool, dense_block: bool
+        self,
+        backbone: Backbone,
+        config: RetroConfig,
+        pages: SparsePages,
+        detach_pages: bool,
+        dense_block: bool,
+        pulls: PagePulls | None = None,
     ) -> None:
         self._backbone, self._config, self._pages = backbone, config, pages
-        self._detach, self._dense_block = detach_pages, dense_block
+        self._detach, self._dense_block, self._pulls = detach_pages, dense_block, pulls
         self._table = pages.table
         self._bounds = [0, *accumulate(pages.lengths)]
         self._sizes: dict[tuple[object, ...], list[int]] = {}
@@ -106,6 +114,8 @@ class SparseSets:
             chosen: ordinals each page attends, int64 [M, S], -1 where a set is smaller.
         """
         plan = self._plan(call.layer)
+        if self._pulls is not None:
+            self._pulls.keep(call.layer, k, v)
         q = rotate(q, plan.cos_q, plan.sin_q)
         parts = q.split([plan.num_dense, *(self._num_tokens(run) for run in plan.runs)])
         out = [self._attend_dense(call, plan, parts[0], k, v)] if plan.num_dense else []
@@ -127,7 +137,10 @@ class SparseSets:
         keys, values = gather_pages(keys, values, ids, layout.cos_k, layout.sin_k, layout.span, self._detach)
         q_nQHD = q.unflatten(0, (len(ids), -1))
         causal = layout.bias_nQL is None
-        return attend(q_nQHD, keys, values, layout.bias_nQL, call.scale, call.softcap, causal).flatten(0, 1)
+        out = attend(q_nQHD, keys, values, layout.bias_nQL, call.scale, call.softcap, causal)
+        if self._pulls is not None:
+            out = self._pulls.watch(call, run, ids, out, (q_nQHD, keys, values))
+        return out.flatten(0, 1)
 
     def _picked_of(self, layer: int, plan: LayerPlan, chosen: Tensor) -> list[Tensor]:
         """For each run the pages of its sets with their own behind them, int64 [n, S + 1]; the same in every pass."""

@@ -103,3 +103,10 @@ def checkpoint_layers(model: nn.Module, context_fn: Contexts = checkpoint_contex
     enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False, "context_fn": context_fn})
     model.train()
+
+
+def keep_layers(model: nn.Module) -> None:
+    """Undo `checkpoint_layers`, and put the model in evaluation mode."""
+    disable: Any = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+    disable()
+    model.eval()

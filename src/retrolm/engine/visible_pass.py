@@ -26,7 +26,7 @@ from .bookmark_stream import BookmarkStates, as_scored, scoring_places
 from .page_batch import PageBatch
 from .question_attention import masked_attention
 from .rope_table import RopeTable
-from .text_loss import checkpoint_layers
+from .text_loss import checkpoint_layers, keep_layers
 from .visible_pages import VisiblePages, rows_of
 
 
@@ -134,5 +134,4 @@ def _checkpointed(backbone: Backbone, attachment: Attachment, program: VisiblePr
     try:
         yield
     finally:
-        backbone.model.gradient_checkpointing_disable()
-        backbone.model.eval()
+        keep_layers(backbone.model)

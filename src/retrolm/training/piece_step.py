@@ -31,13 +31,35 @@ class PieceStep(nn.Module, ABC):
     def num_losses(self, pieces: Tensor) -> int:
         """Tokens that are predicted."""
 
+    @property
+    def apart(self) -> nn.Module | None:
+        """A module that is trained too, but gets its gradients from `after_backward`.
 
-def new_optimizer(step: nn.Module, train: PieceTrainConfig) -> torch.optim.AdamW:
-    """AdamW over what is trained, on its device; matrices decay, vectors don't."""
+        It is no submodule: wrappers for several processes wait for all gradients in the backward pass.
+        """
+        return None
+
+    @property
+    def apart_lr(self) -> float:
+        """Its peak learning rate."""
+        return 0.0
+
+    def after_backward(self, program: Any) -> None:
+        """What follows the backward pass of pieces under `program`."""
+
+
+def new_optimizer(step: PieceStep, train: PieceTrainConfig) -> torch.optim.AdamW:
+    """AdamW over what is trained, on its device; matrices decay, vectors and what is trained apart don't.
+
+    A group's "share", where it has one, is its learning rate in relation to `train.lr`.
+    """
     trained = [p for p in step.parameters() if p.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": train.weight_decay},
         {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
     ]
+    if step.apart is not None:
+        share = step.apart_lr / train.lr
+        groups.append({"params": list(step.apart.parameters()), "weight_decay": 0.0, "share": share})
     on_gpu = trained[0].device.type == "cuda"
     return torch.optim.AdamW(groups, lr=train.lr, betas=(0.9, train.beta2), fused=on_gpu or None)

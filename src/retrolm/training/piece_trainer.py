@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..engine.adapter import AdapterCard
@@ -66,6 +66,8 @@ class PieceTrainer(TrainingLoop[Tensor]):
         self._held_out, self._never = held_out_pieces(recipe.data, lm.tokenizer, data_root)
         torch.manual_seed(train.seed)
         self.step_module = self.trained = self._new_step().to(lm.device)
+        if self.step_module.apart is not None:
+            self.trained = nn.ModuleDict({"step": self.step_module, "apart": self.step_module.apart})
         if train.checkpointing:
             checkpoint_layers(lm.model)
         optimizer = new_optimizer(self.step_module, train)
@@ -113,10 +115,12 @@ class PieceTrainer(TrainingLoop[Tensor]):
         Nothing here waits for the device.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = self._rate(self.step)
+            group["lr"] = self._rate(self.step) * group.get("share", 1.0)
         num_losses = self._sum(sum(map(self.step_module.num_losses, pieces)))
         losses = [self._accumulate(piece, num_losses, n == len(pieces)) for n, piece in enumerate(pieces, start=1)]
         norm = self.accelerator.clip_grad_norm_(self.step_module.parameters(), self.recipe.train.max_grad_norm)
+        if self.step_module.apart is not None:
+            self._share(list(self.step_module.apart.parameters()))
         self.optimizer.step()
         self.optimizer.zero_grad()
         return self.accelerator.reduce(torch.stack(losses).sum(), "sum") / num_losses, norm
@@ -136,7 +140,14 @@ class PieceTrainer(TrainingLoop[Tensor]):
         with nullcontext() if last else self.accelerator.no_sync(self.wrapped), self.step_module.running(program):
             loss: Tensor = self.wrapped(piece, program)
             self.accelerator.backward(loss * (processes / num_losses))
+        self.step_module.after_backward(program)
         return loss.detach()
+
+    def _share(self, parameters: list[nn.Parameter]) -> None:
+        """Average gradients over the processes, and clip them by themselves."""
+        for value in parameters:
+            value.grad = self.accelerator.reduce(value.grad, "mean")
+        torch.nn.utils.clip_grad_norm_(parameters, self.recipe.train.max_grad_norm)
 
     def _check_losses(self) -> None:
         """Wait for the device, and raise `UserError` if a step's loss since the last check is no number.

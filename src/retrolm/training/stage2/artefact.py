@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -17,6 +18,18 @@ from ...engine.whole_folder import whole_folder
 from ...retriever import RetrieverCard
 
 RETRIEVER_FOLDER = "retriever"
+
+
+def save_retriever(lm: RetroLM, card: AdapterCard, folder: Path, bits: int) -> None:
+    """Write a retriever that was trained together with an adapter; weights and card each appear whole or not at all.
+
+    Its card tells of both trainings, and of the choices that bookmarks are read with.
+    """
+    assert lm.retriever is not None
+    before, kept = lm.retriever.card, copy.copy(lm.retriever)
+    details = {"recipe": before.details.get("recipe"), "joint": card.details, "before": before.details}
+    kept.card = RetrieverCard(before.backbone, before.rank, before.page_size, f"{card.name}-retriever", details)
+    kept.save(folder, bits)
 
 
 @torch.no_grad()

@@ -32,3 +32,12 @@ def check_lengths(recipe: Stage2Recipe, lm: RetroLM) -> None:
             f"max_tokens={recipe.data.max_tokens} exceeds the model's window of {lm.backbone.window} positions, which "
             f"full attention needs. Set max_tokens to {lm.backbone.window} at most, or train on sparse KV."
         )
+
+
+def check_retriever(recipe: Stage2Recipe, lm: RetroLM) -> None:
+    """Raise `UserError` if the retriever is to be trained and there is none."""
+    if recipe.train.train_retriever and lm.retriever is None:
+        raise UserError(
+            f"No page retriever comes with {recipe.train.model!r}, and train_retriever begins with one. Name one with "
+            "retriever, or train one first (`retrolm train stage1`)."
+        )

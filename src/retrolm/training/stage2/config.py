@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...config import RetroConfig
+from ...errors import UserError
 from ..piece_config import FREE_OPTIONS, PieceDataConfig, PieceTrainConfig
 from ..recipe import Recipe, build_table, read_recipe
 
@@ -24,6 +25,8 @@ class Stage2TrainConfig(PieceTrainConfig):
         kv_budget, page_size, num_local_pages, strict_budget, first_layer_mode: as in `RetroConfig`.
         causal_selection: choose a page's set with the bookmark before it, which knows none of its tokens (D22).
         detach_pages: keep gradients out of selected pages.
+        train_retriever: let the page retriever learn from the loss too (D20 b; see `engine.page_pulls`), instead of
+            keeping it as it is. retriever_lr: its peak learning rate.
     """
 
     retriever: str = "auto"
@@ -36,9 +39,17 @@ class Stage2TrainConfig(PieceTrainConfig):
     first_layer_mode: Literal["recent", "mean_key", "full"] = "recent"
     causal_selection: bool = False
     detach_pages: bool = False
+    train_retriever: bool = False
+    retriever_lr: float = 3e-5
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 < self.retriever_lr < 1:
+            raise UserError(f"retriever_lr must lie between 0 and 1, got {self.retriever_lr!r}.")
+        if self.train_retriever and (self.attention == "full" or self.retriever == "none"):
+            raise UserError(
+                'train_retriever needs attention = "sparse" and a retriever to begin with. Set both, or leave it out.'
+            )
         self.engine_config()
 
     def engine_config(self) -> RetroConfig:

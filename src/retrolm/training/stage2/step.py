@@ -11,8 +11,10 @@ from torch import Tensor
 from ...engine.adapter import AdapterCard, LoraAdapter, new_adapter
 from ...engine.frozen_projections import FrozenProjections
 from ...engine.model import RetroLM
+from ...engine.page_pulls import retriever_gradients
 from ...engine.sparse_pass import SparseProgram
 from ...engine.text_loss import sparse_program, token_losses
+from ...retriever import PageRetriever
 from ..piece_step import PieceStep
 from .config import Stage2TrainConfig
 
@@ -33,7 +35,9 @@ class Stage2Step(PieceStep):
         object.__setattr__(self, "_lm", lm)
         self._train_config, self._num_prefix = train, num_prefix
         embedding = lm.untrained_bookmark() if lm.retriever is None else lm.retriever.embedding.detach()
-        self.register_buffer("bookmark", embedding.clone().float(), persistent=False)
+        # A retriever that is being trained lends its embedding, which moves.
+        embedding = embedding if train.train_retriever else embedding.clone().float()
+        self.register_buffer("bookmark", embedding, persistent=False)
         self.adapter: LoraAdapter | None = None
         self.frozen: FrozenProjections | None = None
         lm.model.requires_grad_(train.weights == "full")
@@ -56,7 +60,13 @@ class Stage2Step(PieceStep):
         config = train.engine_config()
         config = config if causal is None else config.replace(causal_selection=causal)
         return sparse_program(
-            self.lm, config, num_tokens, self._num_prefix, detach_pages=train.detach_pages, frozen=self.frozen
+            self.lm,
+            config,
+            num_tokens,
+            self._num_prefix,
+            detach_pages=train.detach_pages,
+            frozen=self.frozen,
+            train_retriever=train.train_retriever and torch.is_grad_enabled(),
         )
 
     def running(self, program: SparseProgram | None) -> AbstractContextManager[None]:
@@ -70,6 +80,21 @@ class Stage2Step(PieceStep):
             chunk = self._train_config.loss_chunk
             losses = token_losses(self.lm.backbone, piece_T, program, self.bookmark, self._num_prefix, chunk)  # type: ignore[arg-type]
         return losses.sum()
+
+    @property
+    def apart(self) -> PageRetriever | None:
+        """The retriever, if it is being trained."""
+        return self.lm.retriever if self._train_config.train_retriever else None
+
+    @property
+    def apart_lr(self) -> float:
+        return self._train_config.retriever_lr
+
+    def after_backward(self, program: SparseProgram | None) -> None:
+        if program is None or program.pulls is None or self.apart is None:
+            return
+        for value, gradient in zip(self.apart.parameters(), retriever_gradients(self.lm, program), strict=True):
+            value.grad = gradient if value.grad is None else value.grad + gradient
 
     def num_losses(self, piece_T: Tensor) -> int:
         """Tokens of a piece that are predicted: all but the prefix, or the first."""

@@ -11,8 +11,8 @@ from ..document_pieces import num_prefix_tokens
 from ..piece_trainer import PieceTrainer
 from ..recipe import model_name
 from ..run_log import Log
-from .artefact import save_model
-from .backbone import check_lengths
+from .artefact import RETRIEVER_FOLDER, save_model, save_retriever
+from .backbone import check_lengths, check_retriever
 from .config import Stage2Recipe
 from .step import Stage2Step, retriever_digest
 
@@ -43,6 +43,8 @@ class Stage2Trainer(PieceTrainer):
         trackers: Sequence[Any] = (),
     ) -> None:
         check_lengths(recipe, lm)
+        check_retriever(recipe, lm)
+        self._first_retriever = retriever_digest(lm)
         super().__init__("retrolm-stage2", recipe, lm, data_root, out, log, trackers)
 
     @property
@@ -50,11 +52,16 @@ class Stage2Trainer(PieceTrainer):
         """Where what was trained is written: an adapter, or a model with its retriever."""
         return self.out / (ADAPTER_FOLDER if self.step_module.adapter is not None else MODEL_FOLDER)
 
+    @property
+    def retriever_folder(self) -> Path | None:
+        """Where the retriever is written, if it is trained together with an adapter."""
+        alone = self.step_module.apart is None or self.step_module.adapter is None
+        return None if alone else self.out / RETRIEVER_FOLDER
+
     def _new_step(self) -> Stage2Step:
         train = self.recipe.train
-        card = self._new_card(
-            "stage2" if train.attention == "sparse" else "full-attention", retriever=self.lm.retriever_name
-        )
+        kind = "full-attention" if train.attention == "full" else "joint" if train.train_retriever else "stage2"
+        card = self._new_card(kind, retriever=self.lm.retriever_name)
         card.details["recipe"]["train"]["retriever"] = model_name(train.retriever)
         prefix = num_prefix_tokens(self.lm.tokenizer, self.recipe.data.prefix)
         return Stage2Step(self.lm, train, prefix, card)
@@ -64,8 +71,10 @@ class Stage2Trainer(PieceTrainer):
         adapter, frozen = self.step_module.adapter, self.step_module.frozen
         if adapter is not None:
             adapter.save(self.artefact_folder, self.recipe.train.bits)
+            if self.retriever_folder is not None:
+                save_retriever(self.lm, self.card, self.retriever_folder, self.recipe.train.bits)
         elif frozen is not None and self.step == self.recipe.train.num_steps:
             save_model(self.lm, frozen, self.step_module.bookmark, self.card, self.artefact_folder)  # type: ignore[arg-type]
 
     def _identity(self) -> dict[str, Any]:
-        return {**super()._identity(), "retriever": retriever_digest(self.lm)}
+        return {**super()._identity(), "retriever": self._first_retriever}
