@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,12 @@ import torch
 
 from cli_runner import Desk
 from tiny_folder import save_tiny_model, write_story
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay to the end: collections, which every measured answer begins with, needn't look at them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

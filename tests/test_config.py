@@ -41,7 +41,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(options=OPTIONS, method=st.sampled_from(PAGE_METHODS), num_tokens=st.integers(1, 110), new=st.integers(1, 10))
 def test_every_combination_reads_and_generates(options: dict[str, Any], method: str, num_tokens: int, new: int) -> None:
     if not METHODS.get(method).needs_bookmarks:

@@ -198,7 +198,6 @@ def test_garbage_collection_goes_on_after_imports() -> None:
         assert not gc.isenabled()
         raise ValueError("stop")
     assert gc.isenabled()
-    gc.unfreeze()
 
 
 def test_a_moved_model_is_named(base: Path, desk: Desk, tmp_path: Path) -> None:

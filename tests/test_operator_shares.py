@@ -27,7 +27,7 @@ def test_more_of_the_engines_work_shows_as_its_own(monkeypatch: pytest.MonkeyPat
     before, stock = operator_shares(lm, random_ids(120)).own, SetAttention._gather
 
     def slow(self: SetAttention, *args: object) -> object:
-        torch.zeros(300_000).sort()
+        torch.zeros(200_000).sort()
         return stock(self, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(SetAttention, "_gather", slow)

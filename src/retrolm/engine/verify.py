@@ -21,6 +21,7 @@ from .visible import require_invisible
 
 SMALLEST_BAR = 1e-4
 STOCK_FACTOR = 3.0
+_MAX_TOKEN_CHARS = 32  # more than a token has on average: no more of the source code than that is made into tokens
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def own_source_ids(lm: RetroLM, num_tokens: int) -> Tensor:
     Raises:
         UserError: no tokenizer, or fewer tokens than asked for.
     """
-    return text_ids(lm, "\n".join(_sources()), num_tokens)
+    return text_ids(lm, "\n".join(_sources())[: _MAX_TOKEN_CHARS * num_tokens], num_tokens)
 
 
 def text_ids(lm: RetroLM, text: str, num_tokens: int) -> Tensor:
