@@ -25,7 +25,7 @@ from tiny_models import random_ids, tiny_model
 pytestmark = pytest.mark.gpu
 
 W = 64
-TRAIN = Stage2TrainConfig(model="tiny", kv_budget=8 * W, page_size=W, loss_chunk=500)
+TRAIN = Stage2TrainConfig(model="tiny", kv_budget=8 * W, page_size=W, loss_chunk=500, train_retriever=True)
 SHAPE: dict[str, Any] = {"hidden_size": 256, "head_dim": 64, "max_position_embeddings": 4096}
 
 
@@ -83,16 +83,21 @@ def adapted(device: str, dtype: torch.dtype, name: str = "qwen2") -> Stage2Step:
 
 def step_gradients(
     step: Stage2Step, chosen: dict[int, Tensor] | None = None
-) -> tuple[float, Tensor, dict[int, Tensor]]:
-    """Loss of 1,900 tokens, the adapter's gradients side by side, and the sets."""
+) -> tuple[float, Tensor, dict[int, Tensor], Tensor]:
+    """Loss of 1,900 tokens, the adapter's gradients side by side, the sets, and the retriever's gradients."""
     program = step.program(1900)
     assert program is not None and takes_text(step.lm.backbone, program)
     program.chosen.update({layer: sets.to(step.lm.device) for layer, sets in (chosen or {}).items()})
     with step.running(program):
         loss = step(random_ids(1900), program)
         loss.backward()
-    gradients = torch.cat([p.grad.flatten() for p in step.parameters() if p.grad is not None])
-    return float(loss) / 1899, gradients.double().cpu(), {layer: sets.cpu() for layer, sets in program.chosen.items()}
+    step.after_backward(program)
+    assert step.apart is not None
+    adapter, retriever = (
+        torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]).double().cpu()
+        for module in (step, step.apart)
+    )
+    return float(loss) / 1899, adapter, {layer: sets.cpu() for layer, sets in program.chosen.items()}, retriever
 
 
 @pytest.mark.parametrize("name", ["qwen2", "llama", "qwen3"])
@@ -100,7 +105,8 @@ def test_our_own_layers_in_float64_are_those_of_the_cpu(name: str) -> None:
     expected, found = (step_gradients(adapted(device, torch.float64, name)) for device in ("cpu", "cuda"))
     assert all(torch.equal(sets, expected[2][layer]) for layer, sets in found[2].items())
     assert found[0] == pytest.approx(expected[0], abs=1e-5)
-    assert float((found[1] - expected[1]).norm() / expected[1].norm()) < 1e-4
+    for part in (1, 3):
+        assert float((found[part] - expected[part]).norm() / expected[part].norm()) < 1e-4
 
 
 def test_our_own_layers_in_bfloat16_are_close() -> None:
@@ -108,11 +114,14 @@ def test_our_own_layers_in_bfloat16_are_close() -> None:
     expected = step_gradients(adapted("cpu", torch.float64))
     found = step_gradients(adapted("cuda", torch.bfloat16), expected[2])
     assert found[0] == pytest.approx(expected[0], abs=0.15)
-    assert float(torch.cosine_similarity(found[1], expected[1], dim=0)) > 0.9
+    for part in (1, 3):
+        assert float(torch.cosine_similarity(found[part], expected[part], dim=0)) > 0.9
 
 
 @pytest.mark.parametrize("prefix", ["", "chat"])
-@pytest.mark.parametrize("changes", [{}, {"causal_selection": True}, {"checkpointing": False}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"causal_selection": True}, {"checkpointing": False}, {"train_retriever": True}]
+)
 def test_a_step_never_waits_for_the_device(changes: dict[str, Any], prefix: str, tmp_path: Path) -> None:
     """PyTorch itself raises on anything that would."""
     documents = write_documents(tmp_path / "documents")
@@ -148,7 +157,9 @@ def on_gpu(dtype: str) -> RetroLM:
     return fresh
 
 
-@pytest.mark.parametrize("changes", [{}, {"attention": "full"}, {"weights": "full", "lr": 1e-3}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"attention": "full"}, {"weights": "full", "lr": 1e-3}, {"train_retriever": True}]
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_stopped_runs_go_on_with_the_same_bits(changes: dict[str, Any], dtype: str, tmp_path: Path) -> None:
     documents = write_documents(tmp_path / "documents")
