@@ -51,6 +51,12 @@ def test_a_landmark_stands_behind_every_block(num_tokens: int) -> None:
     expected = [value for t in range(num_tokens) for value in ([t + 1.0, 0.0] if t % 7 == 6 else [t + 1.0])]
     assert found == expected and len(found) == num_places(num_tokens, 7)
     assert [found[place] for place in places_of_tokens(num_tokens, 7)] == tokens.flatten().tolist()
+    for cut in range(num_tokens):
+        parts = [
+            with_landmarks(tokens[:, :cut], torch.zeros(1), 7),
+            with_landmarks(tokens[:, cut:], torch.zeros(1), 7, cut),
+        ]
+        assert torch.cat(parts, 1)[0, :, 0].tolist() == expected
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-mha", "llama-mqa", "qwen3", "phi3"])

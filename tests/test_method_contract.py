@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import retrolm
+from landmark_maker import random_landmarks
 from retrolm.cli.known_methods import known_methods
 from retrolm.config import RetroConfig
 from retrolm.engine.answering import PROGRAMS, Prompt
@@ -25,6 +26,8 @@ from tiny_tokenizer import tiny_tokenizer
 
 METHODS = known_methods()
 NAMES = [name for name in METHODS if "embedder" not in METHODS.get(name).describe()["knobs"]]
+WEIGHTS = [name for name in NAMES if "weights" in METHODS.get(name).describe()["knobs"]]  # trained for each model
+STOCK = [name for name in NAMES if name not in WEIGHTS]  # with room for everything they are the stock model
 BUDGETED = [name for name in NAMES if METHODS.get(name).has_budget]
 FAMILIES = ["llama", "qwen2", "gemma3"]
 NEW = 5
@@ -38,6 +41,8 @@ def engine(name: str, family: str = "llama", kv_budget: int = 96, **knobs: Any) 
 def attach(model: Any, name: str, kv_budget: int = 96, **knobs: Any) -> RetroLM:
     if METHODS.get(name).kind == "rag":
         knobs = {"chunk_tokens": 12, "num_chunks": 40, **knobs}
+    if name in WEIGHTS:
+        knobs = {"weights": str(random_landmarks(model, num_between=8)), **knobs}
     config = RetroConfig(kv_budget=kv_budget, page_size=8)
     return RetroLM(model, tiny_tokenizer(), config=config, method=name, method_options=knobs)
 
@@ -73,9 +78,12 @@ def test_every_method_says_what_it_is(name: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", STOCK)
 def test_with_room_for_everything_a_method_is_full_attention(name: str, family: str) -> None:
-    """A budget of four times the text is room enough for every split that methods declare as exact."""
+    """A budget of four times the text is room enough for every split that methods declare as exact.
+
+    Landmark Attention is the model as it was trained for it then: tests/test_landmark.py.
+    """
     model = tiny_model(family, vocab_size=600)
     prompts = [prompt_of(0)]
     expected = ask(attach(model, "full"), prompts)[0]
@@ -131,7 +139,9 @@ def test_unknown_knobs_are_refused(name: str) -> None:
         METHODS.get(name).with_options({"no_such_knob": 1})
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if METHODS.get(name).kind in ("tokens", "prune", "dense")])
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if METHODS.get(name).kind in ("tokens", "prune", "landmarks", "dense")]
+)
 def test_what_needs_pages_says_so(name: str) -> None:
     lm = engine(name)
     document = lm.read(story_sample(0).context)
@@ -154,6 +164,6 @@ def test_engine_runner_and_command_line_branch_on_no_name() -> None:
 
 
 def test_methods_hold_only_their_knobs() -> None:
-    for name in NAMES:
+    for name in STOCK:
         method = METHODS.get(name)()
         assert isinstance(method, Method) and set(vars(method)) <= {"knobs", "_embedder"}, name

@@ -27,7 +27,7 @@ def test_placing_needs_more_than_defaults() -> None:
         kind = methods.get(name)
         assert kind.when != "never" or not kind.has_budget, name
         assert kind.index != "none" or not kind.has_budget, name
-        assert kind.trained == "nothing" or kind.needs_bookmarks or kind.kind == "rag", name
+        assert kind.trained == "nothing" or kind.needs_bookmarks or kind.kind in ("rag", "landmarks"), name
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -47,7 +47,13 @@ class Prompt:
 
 
 class AnswerProgram(ABC):
-    """Reads and answers for one engine, with the methods of one kind."""
+    """Reads and answers for one engine, with the methods of one kind.
+
+    Attributes:
+        brings_adapter: whether the method's own adapter acts on the model while it answers; it takes no other.
+    """
+
+    brings_adapter: ClassVar[bool] = False
 
     def __init__(self, lm: RetroLM) -> None:
         self.lm = lm
@@ -56,6 +62,10 @@ class AnswerProgram(ABC):
     def allowed_tokens(self) -> int:
         """Tokens that may be attended in a layer."""
         return self.lm.config.kv_budget
+
+    def knobs(self) -> dict[str, Any]:
+        """The method's knobs as results state them."""
+        return asdict(self.lm.method.knobs)
 
     @abstractmethod
     def read(self, sources: list[Any], progress: Progress | None) -> list[Any]:

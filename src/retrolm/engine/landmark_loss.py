@@ -8,10 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import UserError
 from ..ops.landmark_attention import grouped_attention
 from .backbone import Backbone
-from .landmark_rows import num_places, places_of_tokens, with_landmarks
+from .landmark_rows import places_of_tokens, with_landmarks
 from .placement import sent
 from .text_loss import head_losses
 
@@ -28,14 +27,6 @@ class LandmarkPass:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
         return grouped_attention(q, k, v, self._block, scale).transpose(1, 2)
-
-
-def require_groups(backbone: Backbone) -> None:
-    """Raise `UserError` for a model whose attention can't be grouped."""
-    if any(layer.window is not None for layer in backbone.layers):
-        raise UserError("Landmark Attention needs layers that attend everything; this model's slide. Use another one.")
-    if getattr(backbone.config, "attn_logit_softcapping", None):
-        raise UserError("Landmark Attention knows no cap on attention's logits, which this model has. Use another one.")
 
 
 def landmark_hidden(backbone: Backbone, ids_BT: Tensor, landmark_C: Tensor, num_between: int) -> Tensor:
@@ -60,15 +51,5 @@ def landmark_losses(
     """
     ids_BT = sent(ids_BT, backbone.device)
     hidden = landmark_hidden(backbone, ids_BT, landmark_C, num_between)
-    before = places_of_tokens(ids_BT.shape[1], num_between, hidden.device)[first:] - 1
+    before = places_of_tokens(ids_BT.shape[1], num_between, device=hidden.device)[first:] - 1
     return head_losses(backbone, hidden[:, before].flatten(0, 1), ids_BT[:, first:].flatten(), chunk)
-
-
-def require_window(backbone: Backbone, num_tokens: int, num_between: int) -> None:
-    """Raise `UserError` if a text with its landmarks exceeds the model's window."""
-    needed = num_places(num_tokens, num_between)
-    if needed > backbone.window:
-        raise UserError(
-            f"max_tokens={num_tokens} and their landmarks take {needed} positions; the model's window has "
-            f"{backbone.window}. Lower max_tokens."
-        )

@@ -6,6 +6,7 @@ the backbone and how many tokens lie between landmarks.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..errors import UserError
 from .adapter import AdapterCard as LandmarkCard
 from .adapter import LoraAdapter, load_adapter, new_adapter
 from .backbone import Backbone
+from .landmark_rows import num_places
 from .whole_folder import whole_folder
 
 EMBEDDING_FILE = "landmark.safetensors"
@@ -51,6 +53,13 @@ class Landmarks(nn.Module):
     def context(self) -> int:
         """Places (tokens and landmarks) of the texts that it was trained on."""
         return int(self.card.details[CONTEXT])
+
+    def digest(self) -> str:
+        """Short hash of all weights."""
+        found = hashlib.sha256()
+        for name, value in sorted(self.state_dict().items()):
+            found.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
+        return found.hexdigest()[:16]
 
     @contextmanager
     def acting(self, backbone: Backbone) -> Iterator[None]:
@@ -103,3 +112,21 @@ def load_landmarks(folder: Path, backbone: Backbone) -> Landmarks:
         raise UserError(f"The landmarks in {folder} are damaged or don't fit the model. Save them again.")
     found.embedding.data = found.embedding.data.to(backbone.device)
     return found.requires_grad_(False).eval()
+
+
+def require_groups(backbone: Backbone) -> None:
+    """Raise `UserError` for a model whose attention can't be grouped."""
+    if any(layer.window is not None for layer in backbone.layers):
+        raise UserError("Landmark Attention needs layers that attend everything; this model's slide. Use another one.")
+    if getattr(backbone.config, "attn_logit_softcapping", None):
+        raise UserError("Landmark Attention knows no cap on attention's logits, which this model has. Use another one.")
+
+
+def require_window(backbone: Backbone, num_tokens: int, num_between: int) -> None:
+    """Raise `UserError` if a text with its landmarks exceeds the model's window."""
+    needed = num_places(num_tokens, num_between)
+    if needed > backbone.window:
+        raise UserError(
+            f"max_tokens={num_tokens} and their landmarks take {needed} positions; the model's window has "
+            f"{backbone.window}. Lower max_tokens."
+        )

@@ -16,7 +16,7 @@ from ..methods import METHODS, PageMethod
 from ..paging import page_lengths
 from ..retriever import PageRetriever, check_choices, load_retriever
 from ..store import DigestIndex, PageLayout, PageStore
-from . import answer_dense, answer_pages, answer_prune, answer_tokens  # noqa: F401  (each files its program)
+from . import answer_dense, answer_landmark, answer_pages, answer_prune, answer_tokens  # noqa: F401  (file programs)
 from .adapter import LoraAdapter, load_adapter
 from .answer_stream import stream_answer
 from .answering import PROGRAMS, Prompt
@@ -155,8 +155,10 @@ class RetroLM:
         """Let a LoRA adapter act on the model until `detach`; bookmark rows go past it.
 
         Raises:
-            UserError: there is an adapter already, or this one is of another kind or backbone.
+            UserError: there is an adapter already (the method may have its own), or it is of another kind or backbone.
         """
+        if self.program.brings_adapter:
+            raise UserError(f"Method {self.method.name!r} brings an adapter of its own. Leave out --adapter.")
         if self.adapter is not None:
             raise UserError(f"The adapter {self.adapter.card.name!r} is in use already. Load the model anew.")
         self.adapter = adapter if isinstance(adapter, LoraAdapter) else load_adapter(adapter, self.backbone)

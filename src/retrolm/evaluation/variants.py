@@ -137,7 +137,7 @@ class VariantLoader:
         return self._retrievers[name]
 
     def _facts(self, lm: RetroLM, variant: Variant, retriever: PageRetriever | None) -> dict[str, Any]:
-        knobs = asdict(lm.method.knobs)
+        knobs = lm.program.knobs()
         return {
             "model": self._model_name,
             "backbone": lm.backbone.fingerprint(),

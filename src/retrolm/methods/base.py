@@ -5,6 +5,7 @@ A method is of one *kind*, and the engine (or `rag/`) has one program per kind t
 * "pages": chooses whole pages, one set per layer (`PageMethod`, below).
 * "tokens": says for each chunk and layer which tokens are attended and at which positions (`token_base.TokenMethod`).
 * "prune": keeps a part of the prompt's keys and values after a dense prefill (`prune_base.PruneMethod`).
+* "landmarks": retrieves blocks by landmarks among the tokens, which a model was trained to work with (`landmark`).
 * "dense": attends everything.
 * "rag": changes the prompt, not the attention.
 
@@ -28,7 +29,7 @@ from ..registry import Registry
 from .knobs import NoKnobs, build_knobs
 
 Rope = Callable[[Tensor], tuple[Tensor, Tensor]]
-Kind = Literal["pages", "tokens", "prune", "dense", "rag"]
+Kind = Literal["pages", "tokens", "prune", "landmarks", "dense", "rag"]
 
 
 PLACE = ("trained", "unit", "index", "query", "scope", "when")

@@ -9,6 +9,7 @@ from .base import PLACE, Method
 
 _COLUMNS = (*PLACE, "prefill", "positions", "keeps", "exact_when")
 _HEADS = {"pages": "Whole pages", "tokens": "Token by token", "prune": "Pruned after the prefill"}
+_HEADS |= {"landmarks": "Landmarks among the tokens"}
 _HEADS |= {"dense": "Dense", "rag": "Another prompt (RAG)"}
 _TOP = """# Methods
 
@@ -52,10 +53,30 @@ index links the prompt's queries to their keys, because later queries lie far fr
 index that is kept up builds such a graph (faiss, hnswlib, usearch and voyager take one set of vectors), so it isn't
 there, and a wider search stands in for it. Exact search, the default, bounds what any index finds.
 
+## Landmark Attention
+
+A landmark token stands behind every 50 tokens. A query's softmax runs over its own block's tokens and the landmarks of
+earlier blocks; what a landmark gets, its block's tokens share by a softmax of their own (`ops/landmark_attention.py`).
+A model has to learn that:
+
+```bash
+retrolm train landmark configs/landmark/smollm2-135m.toml --data-root DATA --out run
+retrolm ask book.txt "…" --method landmark --set landmark.weights=run/landmark
+```
+
+Training is language modelling in a short context, on the documents of stage 2, of the landmarks' embedding and a LoRA
+adapter (the paper trains all weights). Asked for tokens beyond that context, it reads chunks and retrieves blocks by
+their landmarks' keys, at the positions of the published code: chunks of `kv_budget` - (`top_k` + 1) blocks, where that
+code has its training context, so `--kv-budget 1020` is the published rule for the recipe above. Its full attention is
+that of the trained model, not the stock model's: with `top_k` blocks for the whole text it is grouped softmax over all
+of it (tested). Landmarks count as attended tokens; those that are only scored don't, as digests of other methods. In
+the first layer landmarks know nothing of their blocks and tie; of equal ones the later is taken. Not there: landmarks
+as targets of the loss, kernels of its own, training of all weights.
+
 ## Left out
 
 TCA-Attention ([2512.09238](https://arxiv.org/abs/2512.09238)): its redundancy metric, budget rule and block size aren't
-published where we could read them, and a guess under its name would be no baseline. Landmark Attention isn't there.
+published where we could read them, and a guess under its name would be no baseline.
 ShadowKV keeps no less memory here, RazorAttention frees it only in layers without a retrieval head, and ActQKV's blocks
 stay on the device: what they save is attention, and what can be compared is accuracy.
 """

@@ -8,9 +8,8 @@ from typing import Any
 
 from accelerate import PartialState
 
-from ...engine.landmark_loss import require_groups, require_window
 from ...engine.landmark_rows import num_places
-from ...engine.landmarks import CONTEXT, NUM_BETWEEN
+from ...engine.landmarks import CONTEXT, NUM_BETWEEN, require_groups, require_window
 from ...engine.model import RetroLM
 from ..document_pieces import num_prefix_tokens
 from ..piece_trainer import PieceTrainer
