@@ -140,9 +140,14 @@ def tokenised(name: str, chat: bool) -> RetroLM:
     return RetroLM(model, tiny_tokenizer(chat), config=config)
 
 
-@pytest.mark.parametrize("rank", [None, 0, 4])
-@pytest.mark.parametrize("chat", [True, False])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "phi3", "gemma3", "qwen2-sliding"])
+@pytest.mark.parametrize(
+    ("name", "chat", "rank"),
+    [
+        *(("llama", True, None), ("llama", False, 0), ("llama", True, 4), ("qwen2", False, None), ("qwen2", True, 0)),
+        *(("phi3", True, 0), ("phi3", False, 4), ("gemma3", False, None), ("gemma3", True, 4)),
+        *(("qwen2-sliding", True, 0), ("qwen2-sliding", False, 4)),
+    ],
+)
 def test_training_scores_what_the_engine_scores(name: str, chat: bool, rank: int | None) -> None:
     """Short and long questions (up to three pages), with the chat template's prefix page and without."""
     lm = tokenised(name, chat)
@@ -167,8 +172,7 @@ def test_training_scores_what_the_engine_scores(name: str, chat: bool, rank: int
             assert (found - scores[layer]).abs().max() < 1e-5 * scores[layer].abs().max()
 
 
-@pytest.mark.parametrize("lengths", [(29, 18), (29, 29)])
-@pytest.mark.parametrize("num_prefix", [0, 5])
+@pytest.mark.parametrize(("lengths", "num_prefix"), [((29, 18), 5), ((29, 29), 0)])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_several_questions_are_as_each_alone(name: str, num_prefix: int, lengths: tuple[int, int]) -> None:
     """Scores for each of several questions on a text equal those of a batch with that question alone.

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from cli_runner import run_cli
+from own_process import printed, start
 from retrolm import RetroLM
 from retrolm.evaluation.journal import read_lines
 from retrolm.evaluation.retrieval.scores import page_indexes
@@ -169,10 +167,6 @@ def test_unreadable_predictions_are_refused(tmp_path: Path) -> None:
 
 def test_a_fresh_process_knows_the_rag_methods() -> None:
     """Nothing has imported their room yet; the refusal is about what comes after methods are looked up."""
-    words = ["eval", "--task", "ruler/vt", "--out", "x", "--model", "no/such-model", "--method", "rag_bm25"]
-    program = f"import sys; from retrolm.cli.main import main; sys.exit(main({words}))"
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    assert done.returncode == 2 and "no/such-model" in done.stderr and "rag_bm25" not in done.stderr
+    words = ["eval", "--task", "ruler/vt", "--out", "x", "--model", "/no/such-model", "--method", "rag_bm25"]
+    found = printed(*start(run_cli, *words))
+    assert "code=2" in found and "/no/such-model" in found and "rag_bm25" not in found

@@ -12,7 +12,7 @@ import pytest
 
 from cli_runner import Desk, run_cli
 from retrolm.engine import plan as planning
-from retrolm.engine.memory import PeakMemory
+from retrolm.engine.memory import PeakMemory, release_free_memory
 from retrolm.engine.model import RetroLM
 from tiny_folder import save_tiny_model, write_story
 
@@ -81,24 +81,25 @@ class Grown(NamedTuple):
     measured: int
 
 
-@pytest.mark.parametrize("caps", [{}, {"device": 100_000_000}, {"host": 60_000_000}], ids=str)
-def test_memory_is_within_a_fifth_of_what_reading_takes(tmp_path: Path, caps: dict[str, int]) -> None:
+CAPS = [{}, {"device": 60_000_000}, {"host": 40_000_000}]
+
+
+def test_memory_is_within_a_fifth_of_what_reading_takes(tmp_path: Path) -> None:
     """In a process of its own, with a model whose pages are large: 32 KiB per token, most of it in the store."""
     model = save_tiny_model(tmp_path / "model", num_hidden_layers=4, head_dim=128, num_key_value_heads=4)
-    text = write_story(tmp_path / "text.txt", repeats=70)
+    text = write_story(tmp_path / "text.txt", repeats=40)
     done = subprocess.run(
-        [sys.executable, __file__, str(model), str(text), json.dumps(caps)],
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, __file__, str(model), str(text)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    grown = Grown(*json.loads(done.stdout))
-    assert grown.planned > 90_000_000
-    assert grown.measured == pytest.approx(grown.planned, rel=0.2)
+    found = [Grown(*pair) for pair in json.loads(done.stdout)]
+    assert len(found) == len(CAPS) and min(grown.planned for grown in found) > 50_000_000
+    for grown in found:
+        assert grown.measured == pytest.approx(grown.planned, rel=0.2)
 
 
 def _grown(model: str, text: Path, caps: dict[str, int]) -> Grown:
+    release_free_memory()
     before = planning.look_around()
     options: dict[str, Any] = {"kv_budget": 256, "page_size": 32, "device_kv_bytes": caps.get("device")}
     lm = RetroLM.from_pretrained(model, **options)
@@ -109,8 +110,9 @@ def _grown(model: str, text: Path, caps: dict[str, int]) -> Grown:
     with PeakMemory() as memory:
         document = lm.read(text)
         document.ask("Who?", max_new_tokens=4)
+    document.close()
     return Grown(found.host_bytes - before.program_bytes, memory.host_peak_bytes - before.program_bytes)
 
 
 if __name__ == "__main__":
-    print(json.dumps(_grown(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]))))
+    print(json.dumps([_grown(sys.argv[1], Path(sys.argv[2]), caps) for caps in CAPS]))

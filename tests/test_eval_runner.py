@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -16,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from own_process import start
 from retrolm.errors import UserError
 from retrolm.evaluation.answering import attempt
 from retrolm.evaluation.journal import Journal, read_lines, write_whole
@@ -88,17 +88,11 @@ def test_more_samples_extend_a_cell(tmp_path: Path) -> None:
     assert cell["num_samples"] == 4 and len(rows_of(tmp_path)) == 4
 
 
-def test_killed_at_random_points_no_sample_is_lost_or_repeated(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # so that the server can import this once for all
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tiny_eval"])
+def test_killed_at_random_points_no_sample_is_lost_or_repeated(whole: Path, tmp_path: Path) -> None:
     rng, kills = random.Random(5), 0
     path = tmp_path / SAMPLES_FILE
     for _ in range(20):
-        worker = context.Process(target=run_stories, args=(tmp_path,))
-        worker.start()
+        worker, _pipe = start(run_stories, tmp_path)
         if not _killed(worker, path, _num_lines(path) + rng.randint(1, 4), rng.random() * 0.02):
             break
         kills += 1

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cli_runner import Desk
+from own_process import printed, start
 from retrolm.config import RetroConfig
 from retrolm.engine.document import Document
 from retrolm.engine.model import RetroLM
@@ -379,13 +378,11 @@ def test_a_later_process_answers_alike(desk: Desk, tmp_path: Path) -> None:
     lm = RetroLM.from_pretrained(desk.model, kv_budget=96, page_size=16)
     expected = lm.read(desk.text).ask(QUESTION, max_new_tokens=6)
     KnowledgeBase.create(tmp_path / "base", desk.model, kv_budget=96, page_size=16).add(desk.text)
-    program = (
-        "from retrolm import KnowledgeBase\n"
-        f"found = KnowledgeBase.open({str(tmp_path / 'base')!r}).ask({QUESTION!r}, max_new_tokens=6)\n"
-        "print(list(found.answer.token_ids))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == str(list(expected.token_ids)), done.stderr
+    assert printed(*start(_ask, tmp_path / "base")).splitlines()[-1] == str(list(expected.token_ids))
+
+
+def _ask(base: Path) -> list[int]:
+    return list(KnowledgeBase.open(base).ask(QUESTION, max_new_tokens=6).answer.token_ids)
 
 
 def test_readers_see_what_a_writer_finished(tmp_path: Path) -> None:

@@ -154,8 +154,7 @@ def naive_exposure(window: int, partials: str, words: list[int]) -> float:
     return tokens(reader.seen) / tokens(own)
 
 
-@pytest.mark.parametrize("partials", ["kept", "recomputed"])
-@pytest.mark.parametrize("window", [2, 4])
+@pytest.mark.parametrize(("window", "partials"), [(2, "recomputed"), (4, "kept")])
 def test_exposure_is_what_a_naive_count_says(window: int, partials: str) -> None:
     words = random_ids(NEW, seed=9)
     _, _, meter = generate("quest_retro", words[None], 1, window=window, partials=partials, **SMALL)

@@ -1,36 +1,36 @@
-"""Several processes train as one does: two on the CPU, started by torchrun, against one with accumulation."""
+"""Several processes train as one does: two on the CPU against one with accumulation."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import stage1_run_worker
+from own_process import free_port, printed, start
 from retrolm.errors import UserError
 from retrolm.retriever import WEIGHTS_FILE
 from retrolm.training.checkpoint import load_state
 from retrolm.training.processes import own_share
 from stage1_pool_maker import tiny_pool
 from stage1_run_maker import tiny_trainer
-from test_stage1_resume import ENVIRONMENT, WORKER, without_times
+from test_stage1_resume import without_times
 
 # A low rate: AdamW's first steps divide a gradient by itself, which blows up the rounding of the smallest ones.
 SETTINGS = {"lr": 1e-4, "accumulate": 4, "num_steps": 4, "log_every": 1, "dev_every": 2, "dev_samples": 6}
 
 
 def run_two(out: Path) -> str:
-    """Train with two processes; returns what they print."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(WORKER)]
+    """Train with two processes, told apart as torchrun does it; returns what they print."""
     settings = [f"{key}={value}" for key, value in SETTINGS.items()]
-    command = [*launch, str(tiny_pool()), str(out), *settings]
-    environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    started = [
+        start(stage1_run_worker.main, str(tiny_pool()), str(out), *settings, environment={**group, **own})
+        for own in ({"RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"} for rank in "01")
+    ]
+    return "".join(printed(*process) for process in started)
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:

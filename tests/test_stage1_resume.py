@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import stage1_run_worker
+from own_process import run_until
 from retrolm.errors import UserError
 from retrolm.retriever import WEIGHTS_FILE
 from retrolm.training import checkpoint
@@ -24,9 +23,6 @@ from retrolm.training.stage1.trainer import Stage1Trainer
 from stage1_pool_maker import tiny_pool, write_corpus
 from stage1_run_maker import tiny_backbone, tiny_recipe, tiny_trainer
 from tiny_tokenizer import tiny_tokenizer
-
-WORKER = Path(__file__).with_name("stage1_run_worker.py")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def weights(out: Path) -> bytes:
@@ -42,28 +38,14 @@ def without_times(out: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in rows]
 
 
-def run_until(out: Path, kill_at: int | None, settings: list[str]) -> int:
-    """Run or resume in a process group of its own; kill it, workers and all, when it has printed step `kill_at`.
-
-    Returns how it ended: a late kill may find the run complete.
-    """
-    command = [sys.executable, str(WORKER), str(tiny_pool()), str(out), *settings]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if kill_at is not None and line.strip() == str(kill_at):
-            os.killpg(process.pid, signal.SIGKILL)
-    process.stdout.close()
-    return process.wait()
-
-
 def test_killed_runs_end_with_the_same_bits(tmp_path: Path) -> None:
     """SIGKILL right after random steps, with 2 workers building samples; checkpoints only at every other step."""
     settings = ["num_workers=2", "num_steps=9", "log_every=1", "save_every=2"]
+    arguments = [str(tiny_pool()), str(tmp_path / "killed"), *settings]
     assert tiny_trainer(tmp_path / "whole", num_steps=9, log_every=1, save_every=2).run()
     out = tmp_path / "killed"
-    kills = (1, *sorted(random.sample(range(3, 8), 2)), None)
-    ends = [run_until(out, kill_at, settings) for kill_at in kills]
+    kills = (1, random.randrange(3, 8), None)
+    ends = [run_until(stage1_run_worker.main, arguments, kill_at) for kill_at in kills]
     assert ends[0] == -signal.SIGKILL and ends[-1] == 0 and set(ends) <= {0, -signal.SIGKILL}
     assert weights(out) == weights(tmp_path / "whole")
     assert without_times(out) == without_times(tmp_path / "whole")

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import stage2_run_worker
+from own_process import free_port, run_until
 from retrolm.config import RetroConfig
 from retrolm.engine.adapter import SMALL_WEIGHTS_FILE, WEIGHTS_FILE
 from retrolm.engine.model import RetroLM
@@ -54,25 +55,14 @@ def rows(out: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in found]
 
 
-def run_until(documents: Path, out: Path, kill_at: int | None, settings: list[str]) -> int:
-    """Run or resume in a process group of its own; kill it, workers and all, when it has printed step `kill_at`."""
-    command = [sys.executable, str(WORKER), str(documents), str(out), *settings]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if kill_at is not None and line.strip() == str(kill_at):
-            os.killpg(process.pid, signal.SIGKILL)
-    process.stdout.close()
-    return process.wait()
-
-
 def test_killed_runs_end_with_the_same_bits(documents: Path, tmp_path: Path) -> None:
     """SIGKILL right after random steps, with a worker reading documents; checkpoints only at every other step."""
     settings = {"num_steps": 9, "log_every": 1, "save_every": 2, "num_workers": 1}
     assert tiny_stage2_trainer(tmp_path / "whole", documents, **settings).run()
     out = tmp_path / "killed"
+    arguments = [str(documents), str(out), *(f"{key}={value}" for key, value in settings.items())]
     kills = (1, random.randrange(3, 8), None)
-    ends = [run_until(documents, out, at, [f"{key}={value}" for key, value in settings.items()]) for at in kills]
+    ends = [run_until(stage2_run_worker.main, arguments, at) for at in kills]
     assert ends[0] == -signal.SIGKILL and ends[-1] == 0
     assert weights(out) == weights(tmp_path / "whole")
     assert rows(out) == rows(tmp_path / "whole")
@@ -95,12 +85,6 @@ def test_stopping_by_time_and_going_on(changes: dict[str, Any], documents: Path,
     assert all(torch.equal(value, two[key]) for key, value in one.items())
     if "train_retriever" in changes:
         assert retriever_bytes(tmp_path / "parts") == retriever_bytes(tmp_path / "whole")
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def test_two_processes_equal_one(documents: Path, tmp_path: Path) -> None:
