@@ -51,7 +51,7 @@ def _weighed(weight, value):
     return tl.dot(rounded, value) + tl.dot(rest, value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sink"])
 def _attend(
     q, k, v, own_k, own_v, lengths, sink_k, sink_v, is_sink, cos, sin, out, num_sink, scale, softcap,
     q0, q1, k0, k1, v0, v1, ok0, ok1, ok2, ov0, ov1, ov2, sk0, sk1, sk2, sv0, sv1, sv2, t0, num_kv_heads,

@@ -19,7 +19,7 @@ _PINNED = tl.constexpr(2**31 - 1)  # above the order of any number, infinity inc
 _LOCAL = tl.constexpr(2**31 - 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "scores_stride", "num_sink", "num_local"])
 def _rank(scores, past, pinned, keys, P, scores_stride, num_sink, num_local, PINNED: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     page = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -39,7 +39,7 @@ def _rank(scores, past, pinned, keys, P, scores_stride, num_sink, num_local, PIN
     tl.store(keys + row * P + page, tl.where(usable, key, _NEVER), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "num_sinks"])
 def _in_order(best, past, room, out, width, num_sinks, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, BLOCK)

@@ -12,7 +12,7 @@ from torch import Tensor
 _ROWS = 32  # vectors per program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "B", "C"])  # which change from text to text; each kind compiles anew
 def _rotate(
     x, cos, sin, out, num_rows, B, C, x0, x1, x2, o0, o1, o2, t0, t1, t2,
     D: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,

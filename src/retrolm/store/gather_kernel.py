@@ -73,7 +73,8 @@ def _part(
     return found.to(STORED).to(OUT)
 
 
-@triton.jit
+# A kernel is compiled for each kind of number it isn't told to take as any: these change from text to text.
+@triton.jit(do_not_specialize=["num_pages", "picked_stride", "num_picked", "own_stride", "num_own", "start", "length"])
 def _gather(
     table, picked, ids, own, cos, sin, keys, values,
     num_pages, picked_stride, num_picked, own_stride, num_own, start, length, table_stride, half, W,
