@@ -1,9 +1,7 @@
-"""A tiny backbone, recipe and trainer of Landmark Attention for a test, in this process or in others."""
+"""A tiny backbone, recipe and trainer of Landmark Attention for a test."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +53,3 @@ def tiny_landmark_trainer(
 ) -> LandmarkTrainer:
     """A trainer of the tiny recipe that writes to `out`."""
     return LandmarkTrainer(tiny_landmark_recipe(data, **changes), lm or tiny_landmark_backbone(), documents, out)
-
-
-def main(documents: str, out: str, *settings: str) -> None:
-    """Go on from the checkpoint in `out`, or start; prints each step."""
-    changes: dict[str, Any] = {key: json.loads(value) for key, value in (setting.split("=") for setting in settings)}
-    trainer = tiny_landmark_trainer(Path(out), Path(documents), **changes)
-    trainer.on_row = lambda row: print(row["step"], flush=True)
-    trainer.run(resume=True)
-    trainer.close()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

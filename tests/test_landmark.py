@@ -46,8 +46,11 @@ def answer(lm: RetroLM, ids: list[int], num_new: int) -> Any:
     return found
 
 
-@pytest.mark.parametrize("retrieval", ["token", "head", "layer"])
-@pytest.mark.parametrize("name", ["llama", "llama-mha", "llama-mqa", "phi3"])
+@pytest.mark.parametrize(
+    ("name", "retrieval"),
+    [("llama", "token"), ("llama", "head"), ("llama", "layer"), ("llama-mha", "token"), ("llama-mqa", "head"),
+     ("phi3", "layer")],
+)  # fmt: skip
 def test_reading_equals_loops(name: str, retrieval: str) -> None:
     """Chunks of three blocks, two blocks retrieved; eight blocks and an incomplete one."""
     lm = engine(name, retrieval=retrieval)
@@ -56,8 +59,9 @@ def test_reading_equals_loops(name: str, retrieval: str) -> None:
     assert torch.allclose(lm.logits(ids), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("retrieval", ["token", "head", "layer"])
-@pytest.mark.parametrize("num_prompt", [11, 24, 27])
+@pytest.mark.parametrize(
+    ("num_prompt", "retrieval"), [(11, "token"), (24, "token"), (27, "token"), (24, "head"), (27, "layer")]
+)
 def test_answering_equals_loops(num_prompt: int, retrieval: str) -> None:
     """Past two block ends; a prompt that ends with a chunk, with a block, with neither."""
     lm = engine(retrieval=retrieval)
