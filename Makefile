@@ -14,7 +14,7 @@ TEST_EXTRAS := $(USER_EXTRAS),evaluation,training,lora,rag,ann,ray,dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-book test soak test-kvpress lint format clean
+.PHONY: help setup demo demo-book test test-slow soak test-kvpress lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ lint: .venv/.test ## style and types
 
 test: lint ## style, types and the test suite (no GPU, no network, no model needed)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not slow"
+
+test-slow: .venv/.test ## what `make test` leaves out because it takes long
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu"
 
 MINUTES ?= 3
 

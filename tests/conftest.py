@@ -7,9 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 from cli_runner import Desk
 from tiny_folder import save_tiny_model, write_story
+
+settings.register_profile("suite", max_examples=50)
+settings.load_profile("suite")  # where a test names no number of its own
 
 
 def pytest_collection_finish() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from grids import some
 from naive_reference import NaiveOptions, NaivePage, NaiveRetroLM
 from retrolm.config import RetroConfig
 from retrolm.engine.model import RetroLM
@@ -100,8 +101,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("name", ["qwen2", "llama-mqa"])
+@pytest.mark.parametrize(("options", "name"), some(OPTIONS, ["qwen2", "llama-mqa"], each=1))
 def test_every_option(name: str, options: dict[str, Any]) -> None:
     check_reading(*pair(name, **{"kv_budget": 4 * W, **options}))
 

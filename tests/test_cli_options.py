@@ -15,7 +15,7 @@ from retrolm.config import RetroConfig
 from retrolm.errors import UserError
 from retrolm.methods import METHODS
 
-SLOW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SLOW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 FIELDS = [item.name for item in dataclasses.fields(RetroConfig)]
 VALUES = st.one_of(
     st.sampled_from(["true", "false", "none", "recent", "mean_key", "full", "page", "float32", "bfloat16", ""]),

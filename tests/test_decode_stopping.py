@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from grids import pairs
 from retrolm.config import RetroConfig
 from retrolm.engine import fast_decode
 from retrolm.engine.decode_reading import DecodeRequest, Reader
@@ -87,10 +88,10 @@ ENDS: list[dict[str, Any]] = [{"eos_token_id": list(range(2, 9))}, {"eos_token_i
 CHOICES: list[dict[str, Any]] = [{"do_sample": False}, {"do_sample": True, "temperature": 1.5, "top_k": 40}]
 
 
-@pytest.mark.parametrize("retrieve_every", [0, 5])
-@pytest.mark.parametrize("choice", CHOICES, ids=str)
-@pytest.mark.parametrize("ends", ENDS, ids=["ends", "no ends"])
-@pytest.mark.parametrize("stops", [[3, 9, 6], [1, 1, 1], [30, 4, 30], [2, 17, 16]], ids=str)
+STOPS = [[3, 9, 6], [1, 1, 1], [30, 4, 30], [2, 17, 16]]
+
+
+@pytest.mark.parametrize(("stops", "ends", "choice", "retrieve_every"), pairs(STOPS, ENDS, CHOICES, [0, 5]))
 @pytest.mark.usefixtures("ahead")
 def test_rows_stop_one_by_one_as_in_generate(
     stops: list[int], ends: dict[str, Any], choice: dict[str, Any], retrieve_every: int

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import StoppingCriteria
 
+from grids import some
 from retrolm.config import RetroConfig
 from retrolm.engine.document import Document
 from retrolm.engine.model import RetroLM
@@ -121,8 +122,9 @@ QUESTIONS = [
 ]
 
 
-@pytest.mark.parametrize("device_kv_bytes", [None, 480_000])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "mistral-sliding"])
+@pytest.mark.parametrize(
+    ("name", "device_kv_bytes"), some(["llama", "qwen2", "gemma3", "mistral-sliding"], [None, 480_000], each=1)
+)
 def test_batches_equal_one_at_a_time(name: str, device_kv_bytes: int | None) -> None:
     """Ragged documents read side by side, ragged questions asked at once, on a budget smaller than the texts."""
     options: dict[str, Any] = {"kv_budget": 112, "device_kv_bytes": device_kv_bytes}

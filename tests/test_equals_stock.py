@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from grids import pairs
 from retrolm.config import RetroConfig
 from retrolm.engine.model import RetroLM
 from tiny_models import LONGROPE, MODELS, ORIGINAL, random_ids, stock_logits, tiny_model
@@ -41,9 +42,9 @@ def test_dense_blocks_equal_the_stock_model(name: str, num_tokens: int) -> None:
     assert all(difference(tiny_model(name), ids, **options, chunk_pages=chunk) <= 1e-6 for chunk in (5, 100))
 
 
-@pytest.mark.parametrize("chunk_pages", [1, 2, 16])
-@pytest.mark.parametrize("page_size", [5, 16, 64])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "mistral-sliding"])
+@pytest.mark.parametrize(
+    ("name", "page_size", "chunk_pages"), pairs(["llama", "gemma2", "mistral-sliding"], [5, 16, 64], [1, 2, 16])
+)
 def test_page_and_chunk_size_change_nothing(name: str, page_size: int, chunk_pages: int) -> None:
     assert (
         difference(tiny_model(name), random_ids(77), kv_budget=192, page_size=page_size, chunk_pages=chunk_pages)

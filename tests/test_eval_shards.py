@@ -137,14 +137,14 @@ def fragile_answerer(marker: Path) -> LocalAnswerer:
     return found
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayShards]:
-    """Two shards on Ray, one of which is lost during the first cell."""
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)])
+def shards(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayShards]:
+    """Shards on Ray, one of which is lost during the first cell: the only one, or (slow) one of two."""
     marker = tmp_path_factory.mktemp("marker") / "was lost"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # the shards import this file
         patch.setenv("OMP_NUM_THREADS", "1")
-        with RayShards("local", functools.partial(fragile_answerer, marker), PROVENANCE, 2) as found:
+        with RayShards("local", functools.partial(fragile_answerer, marker), PROVENANCE, request.param) as found:
             yield found
 
 
@@ -152,7 +152,7 @@ def rows_of(out: Path) -> list[tuple[Any, ...]]:
     return sorted(tuple(str(row.get(key)) for key in RESULT) for row in read_lines(out / SAMPLES_FILE))
 
 
-def test_two_shards_give_the_rows_of_one_process_although_one_is_lost(shards: RayShards, tmp_path: Path) -> None:
+def test_shards_give_the_rows_of_one_process_although_one_is_lost(shards: RayShards, tmp_path: Path) -> None:
     part = story_set(5)
     broken = story_sample(9, context="", question="")
     part.samples.append(broken)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
+from grids import pairs
 from retrolm.config import RetroConfig
 from retrolm.engine.compact_cache import CompactCache
 from retrolm.engine.decode_round import Query
@@ -60,9 +61,7 @@ WAYS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("retrieve_every", [0, 5])
-@pytest.mark.parametrize("options", WAYS, ids=str)
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize(("name", "options", "retrieve_every"), pairs(["llama", "gemma2"], WAYS, [0, 5]))
 def test_ways_of_choosing_equal_generate(name: str, options: dict[str, Any], retrieve_every: int) -> None:
     if retrieve_every and "num_return_sequences" in options:
         options = {**options, "num_return_sequences": 1}

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from grids import pairs
 from retrolm.config import RetroConfig
 from retrolm.engine.document import Document
 from retrolm.engine.model import RetroLM
@@ -43,9 +44,10 @@ def test_any_chunking_gives_the_same_logits(name: str, causal: bool) -> None:
     assert (make(name, kv_budget=200).logits(ids) - by_page).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("mode", ["recent", "mean_key", "full"])
-@pytest.mark.parametrize("name", ["llama", "mistral-sliding", "gemma3"])
+@pytest.mark.parametrize(
+    ("name", "mode", "causal"),
+    pairs(["llama", "mistral-sliding", "gemma3"], ["recent", "mean_key", "full"], [False, True]),
+)
 def test_the_dense_block_changes_nothing(name: str, mode: str, causal: bool) -> None:
     """Chunks that begin below the budget and end beyond it, and layers that attend everything."""
     ids = random_ids(163)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import retrolm
+from grids import some
 from landmark_maker import random_landmarks
 from retrolm.cli.known_methods import known_methods
 from retrolm.config import RetroConfig
@@ -77,8 +78,7 @@ def test_every_method_says_what_it_is(name: str) -> None:
     assert dataclasses.is_dataclass(kind.Knobs) and kind.Knobs.__dataclass_params__.frozen  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", STOCK)
+@pytest.mark.parametrize(("name", "family"), some(STOCK, FAMILIES, each=2))
 def test_with_room_for_everything_a_method_is_full_attention(name: str, family: str) -> None:
     """A budget of four times the text is room enough for every split that methods declare as exact.
 

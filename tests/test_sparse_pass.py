@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from grids import pairs
 from retrolm.config import RetroConfig
 from retrolm.engine.model import RetroLM
 from retrolm.engine.sparse_pass import SparseProgram
@@ -70,9 +71,7 @@ def run(
     return losses.detach(), found, program
 
 
-@pytest.mark.parametrize("num_prefix", [0, 5])
-@pytest.mark.parametrize("dense_block", [True, False])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "dense_block", "num_prefix"), pairs(NAMES, [True, False], [0, 5]))
 def test_with_room_for_all_pages_it_is_the_stock_model(name: str, dense_block: bool, num_prefix: int) -> None:
     """Loss and every gradient; also with the dense block off, where every page goes through its gathered set."""
     model, ids = tiny_model(name), random_ids(77)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import naive_tokens as naive
+from grids import some
 from retrolm.config import RetroConfig
 from retrolm.engine.answering import Prompt
 from retrolm.engine.model import RetroLM
@@ -90,8 +91,7 @@ def read_naively(model: Any, rule: naive.Rule, ids: list[int], chunk: int, answe
     return reader
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize(("name", "family"), some(list(CASES), FAMILIES, each=3))
 def test_methods_equal_their_naive_selves(name: str, family: str) -> None:
     """Logits of every answer step, and what each layer attended, in reading and in each step."""
     model, ids = exact_model(family, seed=3), random_ids(64, seed=5)
@@ -144,8 +144,7 @@ def test_the_budget_holds_at_every_step(name: str) -> None:
     assert ("dense_layers" in answers[0].attended_tokens) == bool(dense)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral-sliding"])
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize(("name", "family"), some(list(CASES), ["llama", "gemma3", "mistral-sliding"], each=1))
 def test_a_batch_gives_what_its_prompts_give_alone(name: str, family: str) -> None:
     lm = engine(name, tiny_model(family))
     rows = [random_ids(length, seed=length) for length in (73, 9, 1 + BUDGET, 73, 50)]
