@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
-from grids import pairs
+from grids import pairs, some
 from retrolm.config import RetroConfig
 from retrolm.engine.compact_cache import CompactCache
 from retrolm.engine.decode_round import Query
@@ -42,8 +42,7 @@ def both(lm: RetroLM, ids: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     return found[0], found[1]
 
 
-@pytest.mark.parametrize("num_tokens", [150, 40, W - 2, 1])
-@pytest.mark.parametrize("name", FIXED)
+@pytest.mark.parametrize(("name", "num_tokens"), some(FIXED, [150, 40, W - 2, 1], each=2))
 def test_greedy_tokens_equal_generate(name: str, num_tokens: int) -> None:
     """Sets beyond and within the budget, one token alone."""
     found, expected = both(attach(name), random_ids(num_tokens)[None], max_new_tokens=30, do_sample=False)
