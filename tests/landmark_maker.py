@@ -20,7 +20,8 @@ def random_landmarks(model: Any, num_between: int) -> Path:
     backbone = Backbone(model, 256)
     torch.manual_seed(0)
     card = AdapterCard(backbone.fingerprint(), "random", {NUM_BETWEEN: num_between, CONTEXT: 64})
-    found = new_landmarks(backbone, "all", 2, 2.0, card).float()
+    start_E = backbone.embed(torch.tensor([0]))[0].detach()
+    found = new_landmarks(backbone, start_E, "all", 2, 2.0, card).float()
     with torch.no_grad():
         found.embedding.normal_()
         for pair in found.adapter.pairs:

@@ -143,7 +143,8 @@ def test_what_can_not_be_used_is_refused(documents: Path, tmp_path: Path) -> Non
     lm = tiny_landmark_backbone()
     with pytest.raises(UserError, match="holds no landmarks"):
         load_landmarks(tmp_path, lm.backbone)
-    new_landmarks(lm.backbone, "all", 2, 4.0, AdapterCard(lm.backbone.fingerprint())).save(tmp_path / "bare", 32)
+    start_E, card = lm.untrained_bookmark(), AdapterCard(lm.backbone.fingerprint())
+    new_landmarks(lm.backbone, start_E, "all", 2, 4.0, card).save(tmp_path / "bare", 32)
     with pytest.raises(UserError, match="can't be read"):
         load_landmarks(tmp_path / "bare", lm.backbone)
     assert tiny_landmark_trainer(tmp_path / "run", documents, num_steps=1).run()

@@ -82,10 +82,11 @@ class Landmarks(nn.Module):
             save_file({"embedding": self.embedding.detach().cpu().contiguous()}, part / EMBEDDING_FILE)
 
 
-def new_landmarks(backbone: Backbone, targets: str, rank: int, alpha: float, card: LandmarkCard) -> Landmarks:
-    """Untrained ones: landmarks embedded as the mean of the vocabulary, an adapter that changes nothing yet."""
-    weight: Tensor = backbone.model.get_input_embeddings().weight.detach()
-    found = Landmarks(weight.float().mean(0), new_adapter(backbone, targets, rank, alpha, card))
+def new_landmarks(
+    backbone: Backbone, embedding_E: Tensor, targets: str, rank: int, alpha: float, card: LandmarkCard
+) -> Landmarks:
+    """Untrained ones: landmarks embedded as given, an adapter that changes nothing yet."""
+    found = Landmarks(embedding_E.float(), new_adapter(backbone, targets, rank, alpha, card))
     found.adapter.place(backbone)
     return found.to(backbone.device)
 
