@@ -24,19 +24,27 @@ def draw_rows(rows: Sequence[Row], title: str, target: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("Drawing a plot needs matplotlib. Install retrolm[evaluation], or leave out --plot.") from None
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    colours = {name: f"C{index}" for index, name in enumerate(dict.fromkeys((row.what, row.batch) for row in rows))}
+    panels = [(panel, [row for row in rows if panel[2](row) and panel[0] in row.figures]) for panel in PANELS]
+    panels = [(panel, fitting) for panel, fitting in panels if fitting]
+    figure = Figure(figsize=(5 * max(len(panels), 1), 4.5), layout="constrained")
     figure.suptitle(title)
-    for axes, (key, label, fits, factor) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
-        _draw(axes, [row for row in rows if fits(row) and key in row.figures], key, factor)
-        axes.set(xlabel="tokens", ylabel=label, xscale="log", ylim=(0, None))
+    for index, ((key, label, _, factor), fitting) in enumerate(panels, 1):
+        axes = figure.add_subplot(1, len(panels), index)
+        _draw(axes, fitting, key, factor, colours)
+        axes.set(xlabel="tokens", ylabel=label, ylim=(0, None))
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(_tokens)
     figure.savefig(target, dpi=120)
 
 
-def _draw(axes: Any, rows: Sequence[Row], key: str, factor: float) -> None:
+def _tokens(number: float, _: float) -> str:
+    return f"{number / 2**10:g}K" if number < 2**20 else f"{number / 2**20:g}M"
+
+
+def _draw(axes: Any, rows: Sequence[Row], key: str, factor: float, colours: dict[tuple[str, int], str]) -> None:
     for name in dict.fromkeys((row.what, row.batch) for row in rows):
         line = sorted((row.num_tokens, row.figures[key] * factor) for row in rows if (row.what, row.batch) == name)
         label = name[0] if name[1] == 1 else f"{name[0]}, batch {name[1]}"
-        axes.plot(*zip(*line, strict=True), marker="o", label=label)
-    if rows:
-        axes.legend(fontsize=8)
+        axes.plot(*zip(*line, strict=True), marker="o", label=label, color=colours[name])
+    axes.legend(fontsize=8)
