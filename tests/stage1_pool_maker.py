@@ -23,6 +23,7 @@ WEIGHTS = {
     "sentences": 1,
     "quoted": 1,
     "facts": 2,
+    "registers": 1,
     "chains": 1,
     "transcripts": 1,
     "composed": 1,

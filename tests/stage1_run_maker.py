@@ -33,7 +33,7 @@ SETTINGS: dict[str, Any] = {
     "dev_samples": 4,
     "num_workers": 0,
 }
-WEIGHTS = {"wiki": 2, "chat": 1, "facts": 1, "cloze": 1}
+WEIGHTS = {"wiki": 2, "chat": 1, "facts": 1, "registers": 1, "cloze": 1}
 
 
 def tiny_recipe(**changes: Any) -> Stage1Recipe:

@@ -136,6 +136,9 @@ def test_retrievers_beside_one_another(bench: Path, trained: Outcome, tmp_path: 
     assert one.code == 0
     alone = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["layers"] for row in alone] == [row["layers"] for row in rows[1::2]]
+    assert run_cli(*words, "--retriever", "none", "--kind", "people", "--output", out).code == 0
+    assert all(list(json.loads(line)["kinds"]) == ["people"] for line in out.read_text().splitlines())
+    run_cli(*words, "--retriever", "none", "--kind", "peopel").refused_in_one_line("'peopel'", "Did you mean 'people'")
     run_cli(*words, "--retriever", bench / "nowhere").refused_in_one_line("nowhere")
     run_cli(*words, "--retriever", "none", "--lengths", "natural").refused_in_one_line("--lengths")
 

@@ -60,6 +60,18 @@ def test_curriculum_grows_to_the_longest() -> None:
     assert max(text_length(config, i) for i in range(1000, 1400)) > 8000
 
 
+def test_long_texts_come_after_the_curriculum_and_grow() -> None:
+    short = {"min_tokens": 1000, "max_tokens": 4000, "length_group": 4, "length_curriculum": 400}
+    plain, config = tiny_config(**short), tiny_config(**short, long_share=0.25, long_tokens=16000)
+    lengths = [text_length(config, i) for i in range(4000)]
+    assert lengths[:400] == [text_length(plain, i) for i in range(400)]
+    long = [i for i, length in enumerate(lengths) if length > 4000]
+    assert 0.2 < len(long) / 3600 < 0.3
+    assert all(length == text_length(plain, i) for i, length in enumerate(lengths) if i not in set(long))
+    assert max(lengths[400:500]) <= 4000 + 12000 / 4 < 12000 < max(lengths[800:]) <= 16000
+    assert (plain.longest, config.longest) == (4000, 16000)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -74,6 +86,8 @@ def test_curriculum_grows_to_the_longest() -> None:
         ({"sources": [{"name": "a", "path": "b", "format": "csv"}]}, "is not a choice"),
         ({"sources": [{"name": "a", "path": "b", "format": "squad", "pth": 1}]}, "Unknown data option 'pth'"),
         ({"length_group": 0}, "at least 1"),
+        ({"long_share": 0.1, "long_tokens": 2000}, "long_share needs long_tokens of at least"),
+        ({"long_share": 2}, "share between 0 and 1"),
     ],
 )
 def test_settings_are_checked(changes: dict[str, object], message: str) -> None:

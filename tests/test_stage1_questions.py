@@ -18,11 +18,11 @@ from retrolm.planting import random_facts, words
 from retrolm.training.data.chains import draw_chains
 from retrolm.training.data.config import PASSAGE_QUERY_KINDS
 from retrolm.training.data.fact_wordings import draw_line_wording, draw_wording
-from retrolm.training.data.facts import draw_quiz, quiz_on, together, with_decoys
 from retrolm.training.data.mining import BM25Miner, EmbeddingMiner
 from retrolm.training.data.overlap import EvaluationTexts, file_texts
 from retrolm.training.data.passage_queries import cloze_question, common_words, keyword_question, passage_query
 from retrolm.training.data.question_rules import rule_questions, subject_of
+from retrolm.training.data.quizzes import draw_quiz, quiz_on, together, with_decoys
 from retrolm.training.data.rows import Passage
 
 COMMON = frozenset(words("the of in was by and a is to it for that from on at an"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Iterator
 from itertools import repeat
@@ -25,7 +26,7 @@ from retrolm.training.data import Stage1Dataset
 from retrolm.training.schedule import learning_rate
 from retrolm.training.stage1.ahead import ReadAhead
 from retrolm.training.stage1.batches import Collate, Stage1Batch
-from retrolm.training.stage1.held_out import dev_config, held_out_recall, kind_of
+from retrolm.training.stage1.held_out import dev_config, held_out_recall, kind_of, only_kinds
 from retrolm.training.stage1.speed import PARTS, training_speed
 from retrolm.training.stage1.step import FrozenPass, PageScores, Stage1Step
 from retrolm.training.stage1.trainer import Stage1Trainer, first_retriever
@@ -178,14 +179,34 @@ def test_texts_beyond_the_window_are_refused(tmp_path: Path) -> None:
         tiny_trainer(tmp_path, lm)
 
 
+def test_long_texts_must_fit_the_window_too(tmp_path: Path) -> None:
+    model = tiny_model("llama", dtype=torch.float32, vocab_size=600, max_position_embeddings=600)
+    lm = RetroLM(model, tiny_backbone().tokenizer, config=RetroConfig(kv_budget=3 * W, page_size=W))
+    recipe = tiny_recipe()
+    data = dataclasses.replace(recipe.data, long_share=0.1, long_tokens=700)
+    with pytest.raises(UserError, match=r"long_tokens=700 exceeds the model's window of 600"):
+        Stage1Trainer(dataclasses.replace(recipe, data=data), lm, tiny_pool(), tmp_path)
+    assert dev_config(data, 0, 0).max_tokens == 700 and dev_config(data, 200, 300).longest == 300
+
+
+def test_held_out_texts_can_be_of_some_kinds_alone() -> None:
+    data = tiny_recipe().data  # weights: wiki 2, chat 1, facts 1, registers 1, cloze 1
+    found = only_kinds(data, ["people", "registers"])
+    assert found.weights == pytest.approx({"wiki": 2 / 3, "chat": 1 / 3, "registers": 1, "facts": 0, "cloze": 0})
+    assert dataclasses.replace(found, weights=data.weights) == data
+    for kind in ("register", "chains"):
+        with pytest.raises(UserError, match=f"Unknown kind of text in the recipe.s mixture .{kind}."):
+            only_kinds(data, [kind])
+
+
 def test_dev_recall_covers_all_lengths_and_counts_its_samples(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, dev_every=1, num_steps=1, dev_samples=12)
     assert trainer.run()
     found = trainer.retriever.card.details["dev_recall"]
     assert found["step"] == 1 and 0 <= found["mean"] <= found["best"] <= 1
-    assert trainer.dev_recall() == {key: found[key] for key in ("mean", "best", "layers", "kinds")}
+    assert trainer.dev_recall() == {key: found[key] for key in ("mean", "best", "layers", "kinds", "asked")}
     assert max(found["layers"]) == found["best"] and len(found["layers"]) == 2
-    assert sorted(found["kinds"]) == ["cloze", "facts", "people"]  # wiki and chat are people's
+    assert sorted(found["kinds"]) == ["cloze", "facts", "people", "registers"]  # wiki and chat are people's
 
 
 def test_recall_by_kind_adds_up(tmp_path: Path) -> None:
@@ -206,6 +227,7 @@ def test_recall_by_kind_adds_up(tmp_path: Path) -> None:
     assert {kind: part.mean().item() for kind, part in by_kind.items() if part.numel()} == pytest.approx(
         {kind: share for kind, share in found["kinds"].items() if share is not None}, abs=1e-4
     )
+    assert found["asked"] == {kind: by_kind[kind].shape[1] if kind in by_kind else 0 for kind in found["kinds"]}
     everything = torch.cat(list(by_kind.values()), 1).mean(1)
     assert everything.tolist() == pytest.approx(found["layers"], abs=1e-4)
     assert step.training

@@ -23,10 +23,13 @@ from retrolm.training.data import (
     passage_queries,
     question_rules,
     quoted,
+    registers,
     transcripts,
     turns,
 )
-from retrolm.training.data.fact_wordings import FORMS, Forms, draw_line_wording, draw_wording
+from retrolm.training.data.fact_wordings import FORMS, draw_wording
+from retrolm.training.data.wordings import attributes, held_out, questions, specific, statements
+from retrolm.training.data.wordings.forms import Forms
 from retrolm.training.stage2 import asking
 
 TRAINING_MODULES = (
@@ -37,6 +40,7 @@ TRAINING_MODULES = (
     passage_queries,
     question_rules,
     quoted,
+    registers,
     transcripts,
     turns,
     asking,
@@ -88,13 +92,15 @@ def evaluation_templates() -> set[str]:
 def training_templates() -> set[str]:
     """Return the strings among the constants of the sample builders, and wordings with their attribute filled in."""
     found = {text for module in TRAINING_MODULES for text in wordings(module)}
-    draws = (
-        draw(random.Random(seed), split)
-        for seed in range(400)
-        for draw in (draw_wording, draw_line_wording)
-        for split in FORMS
-    )
-    return (found | {text for wording in draws for text in strings(wording)}) - FRAMES_OF_THE_PRODUCT
+    return (found | {text for forms in FORMS.values() for text in filled(forms)}) - FRAMES_OF_THE_PRODUCT
+
+
+def filled(forms: Forms) -> Iterator[str]:
+    """Yield every form about every attribute, with and without modifiers."""
+    about = (forms.statements, forms.lines, forms.questions, forms.answers, forms.reverse, forms.headings)
+    names = {modifier + attribute.name for attribute in forms.attributes for modifier in forms.modifiers}
+    for form in (form for group in about for form in group if "{attribute}" in form):
+        yield from (form.replace("{attribute}", name) for name in names)
 
 
 def test_no_training_template_shares_four_words_with_an_evaluation_template() -> None:
@@ -117,7 +123,24 @@ def test_the_search_sees_all_training_wordings() -> None:
     found = training_templates()
     for text in ("The {attribute} of {key} is {value}.", "the mayor of {a}", "{a} And {b}", "who is {s} married to"):
         assert text in found
-    assert len(found) > 250
+    for module in (attributes, specific, statements, held_out, questions):
+        assert set(wordings(module)) <= found
+    assert len(found) > 20_000
+
+
+def test_there_are_many_wordings_to_train_on() -> None:
+    train, dev = FORMS["train"], FORMS["dev"]
+    assert len(set(train.statements)) >= 78 and len(set(train.questions)) >= 51 and len(set(train.lines)) >= 24
+    assert len(train.specific) >= 27 and len({a.name for a in train.attributes}) >= 50
+    assert len(dev.statements) >= 10 and len(dev.specific) >= 6
+
+
+def test_paraphrases_share_no_telling_word_with_what_is_stated() -> None:
+    """Those of attributes never name the attribute; the question's key is all that leads to the fact."""
+    for forms in FORMS.values():
+        for attribute in forms.attributes:
+            for question in attribute.paraphrases:
+                assert "{key}" in question and not set(attribute.name.split()) & set(question.lower().split()), question
 
 
 @pytest.mark.parametrize("wording", ["Note one of the special magic words here", "the special magic numbers of {key}"])
@@ -134,7 +157,7 @@ def test_the_dev_split_has_wordings_of_its_own() -> None:
 
     train, dev = (of(FORMS[split]) for split in ("train", "dev"))
     assert len(dev) > 20 and not train & dev
-    assert not {attribute for attribute, *_ in FORMS["train"].attributes} & {a for a, *_ in FORMS["dev"].attributes}
+    assert not {a.name for a in FORMS["train"].attributes} & {a.name for a in FORMS["dev"].attributes}
     told = {run for text in train for run in sequences(text)}
     assert not [text for text in dev if sequences(text) & told]
     for split in FORMS:

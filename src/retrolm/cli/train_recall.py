@@ -25,20 +25,29 @@ def recall(
     ],
     lengths: Annotated[str, typer.Option("--lengths", help="Tokens per text, parted by commas.")] = "8192,16384",
     texts: Annotated[int, typer.Option("--texts", help="Texts of each length.", min=1)] = 48,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option("--kind", help="Only this kind of text (people, facts, registers, …); may be repeated, then each "
+                     "is as frequent as the others. All kinds, as the recipe mixes them, when left out.",
+                     show_default=False),
+    ] = None,
     settings: SettingsOption = None,
     output: Annotated[Path | None, typer.Option(help="Also write the rows to this file, as JSON lines.")] = None,
-) -> None:
+) -> None:  # fmt: skip
     """Measure retrievers on the same held-out texts of a recipe, by length and by kind of text: to choose by, no test.
 
     Texts and planted facts come from the dev split of the pool, so nothing here touches an evaluation set.
     """
     from ..training.stage1.config import load_recipe
+    from ..training.stage1.held_out import only_kinds
 
     sizes = [size for size in parse_lengths(lengths) if size is not None]
     if not sizes:
         raise UserError("--lengths must name at least one number of tokens.")
     check_writable(output)
     recipe = load_recipe(config, {**parse_overrides(settings or ()), "dev_max_tokens": max(sizes)})
+    if kind:
+        recipe = dataclasses.replace(recipe, data=only_kinds(recipe.data, kind))
     rows = _measured(recipe, pool, retriever, sizes, texts)
     kinds = list(rows[0]["kinds"])
     cells = [(row["retriever"], str(row["length"]), *map(_share, (row["mean"], row["best"], *row["kinds"].values())))

@@ -8,8 +8,8 @@ from itertools import pairwise
 
 from ...planting import distinct
 from .context import Asked, BuildContext
-from .facts import hide
 from .frames import draw_frame
+from .haystacks import hide
 from .sample import Stage1Sample
 
 _HAYSTACKS = ("prose", "passages", "filler")

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from ...config import check_choices
 from ...errors import UserError, unknown
 
-SYNTHETIC_KINDS = ("facts", "chains", "quoted", "transcripts", "composed")
+SYNTHETIC_KINDS = ("facts", "registers", "chains", "quoted", "transcripts", "composed")
 PASSAGE_QUERY_KINDS = ("rule_questions", "keywords", "cloze", "sentences")
 
 
@@ -67,6 +67,8 @@ class Stage1DataConfig:
         min_tokens, max_tokens: the texts' lengths, drawn log-uniformly.
         length_group: so many consecutive samples share a length, so that batches are even.
         length_curriculum: over so many first samples the longest length grows from `min_tokens` to `max_tokens`.
+        long_share: share of the groups whose length is drawn from `max_tokens` to `long_tokens` instead. There is none
+            before the curriculum is over; over as many samples again their longest length grows to `long_tokens`.
         max_passage_tokens: longer passages are cut to a window (around the answer where it is known).
         min_hard_negatives, max_hard_negatives: hard negatives packed beside a question's positive.
         further_questions: at most so many more questions are asked on one text, each read on its own behind it. They
@@ -74,7 +76,7 @@ class Stage1DataConfig:
         book_padding: share of packed samples that are filled with book prose instead of other passages.
         paper_format: share of samples with the paper's instruction and question format; the others vary.
         titles: share of packed samples whose passages carry their titles.
-        max_keys: most facts planted in one text.
+        max_keys: most facts of one kind planted in a text; registers hold as many as fit.
         dev_fraction: share of passages (by content hash) whose questions are held out.
         mined_negatives: hard negatives mined (by BM25 or an embedder) for rows that have none; 0 = don't.
         passage_queries: questions made of each kind in `PASSAGE_QUERY_KINDS`, at most.
@@ -90,6 +92,8 @@ class Stage1DataConfig:
     max_tokens: int = 16384
     length_group: int = 16
     length_curriculum: int = 0
+    long_share: float = 0.0
+    long_tokens: int = 0
     max_passage_tokens: int = 384
     min_hard_negatives: int = 4
     max_hard_negatives: int = 16
@@ -107,7 +111,7 @@ class Stage1DataConfig:
     def __post_init__(self) -> None:
         if not self.sources:
             raise UserError("The data section names no source. Add at least one [[data.sources]] table.")
-        for name in ("book_padding", "paper_format", "titles", "dev_fraction"):
+        for name in ("long_share", "book_padding", "paper_format", "titles", "dev_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} must be a share between 0 and 1, got {getattr(self, name)!r}.")
         for name in ("min_tokens", "length_group", "max_passage_tokens", "max_keys", "max_stored_passage_tokens"):
@@ -117,10 +121,17 @@ class Stage1DataConfig:
             raise UserError(f"further_questions must not be negative, got {self.further_questions}.")
         if self.max_tokens < self.min_tokens:
             raise UserError(f"max_tokens={self.max_tokens} is below min_tokens={self.min_tokens}.")
+        if self.long_share and self.long_tokens < self.max_tokens:
+            raise UserError(f"long_share needs long_tokens of at least {self.max_tokens=}, got {self.long_tokens}.")
         if self.min_hard_negatives > self.max_hard_negatives:
             raise UserError(f"min_hard_negatives={self.min_hard_negatives} exceeds {self.max_hard_negatives=}.")
         if not any(weight > 0 for weight in self.weights.values()) or min(self.weights.values()) < 0:
             raise UserError(f"weights must hold at least one positive and no negative weight, got {self.weights!r}.")
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest texts there are."""
+        return self.long_tokens if self.long_share else self.max_tokens
 
 
 def stage1_data_config(table: Mapping[str, Any]) -> Stage1DataConfig:

@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from .config import PASSAGE_QUERY_KINDS, SYNTHETIC_KINDS, Stage1DataConfig
 from .encoder import TextEncoder
 from .frames import Frame
+from .keys import WORDS
 from .passage_queries import keyword_question
 from .pieces import Piece, Role, cut_to_length, drop_surplus, further_spans, join, total_length
 from .pool import QuestionRow, TokenPool
 from .sample import FurtherQuestion, Span, Stage1Sample, TokenArray
 
 _MIN_SLICE, _MAX_SLICE = 100, 500
+_MIN_LETTERS = 4
 Asked = tuple[str, str]  # a question, and how its answer begins (mostly "")
 
 
@@ -49,6 +51,12 @@ class BuildContext:
         made = {*PASSAGE_QUERY_KINDS, *SYNTHETIC_KINDS}
         names = [name for name, weight in self.config.weights.items() if weight > 0 and name not in made]
         return [rows for name in names if len(rows := self.pool.rows_of(name, self.split))]
+
+    @cached_property
+    def vocabulary(self) -> tuple[str, ...]:
+        """Words that keys are made of: the pool's common ones and those that facts have anyway."""
+        common = (word for word in self.pool.common_words if word.isalpha() and len(word) >= _MIN_LETTERS)
+        return tuple(sorted({*WORDS, *common}))
 
     @cached_property
     def keyword_rows(self) -> NDArray[np.int64]:

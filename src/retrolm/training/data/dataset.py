@@ -17,21 +17,25 @@ from .composed import composed_sample
 from .config import SYNTHETIC_KINDS, Stage1DataConfig
 from .context import BuildContext
 from .encoder import TextEncoder
+from .fact_wordings import listed
 from .facts import facts_sample
 from .mixture import Schedule, text_length
 from .packed import packed_sample
 from .pool import TokenPool
 from .quoted import quoted_sample
+from .registers import register_sample
 from .sample import Stage1Sample
 from .transcripts import transcript_sample
 
 _BUILDERS: dict[str, Callable[[BuildContext, str, int, random.Random], Stage1Sample]] = {
     "facts": facts_sample,
+    "registers": register_sample,
     "chains": chain_sample,
     "quoted": quoted_sample,
     "transcripts": transcript_sample,
     "composed": composed_sample,
 }
+_IN_PROSE = ("quoted", "facts", "registers", "chains")
 
 
 class Stage1Dataset(Dataset[Stage1Sample]):
@@ -107,5 +111,5 @@ def _check_parts(context: BuildContext, rows: dict[str, NDArray[np.int64]]) -> N
         )
     if (weights.get("composed") or weights.get("transcripts")) and not context.natural_rows:
         raise UserError("composed and transcripts are made of people's questions: give at least one of them a weight.")
-    if not context.pool.num_books and (weights.get("quoted") or weights.get("facts") or weights.get("chains")):
-        raise UserError("The pool holds no books, which quoted, facts and chains need. Add a source of documents.")
+    if not context.pool.num_books and any(weights.get(kind) for kind in _IN_PROSE):
+        raise UserError(f"The pool holds no books, which {listed(list(_IN_PROSE))} need. Add a source of documents.")

@@ -73,12 +73,14 @@ def _occurrences(cycle: list[str]) -> list[int]:
 def text_length(config: Stage1DataConfig, index: int) -> int:
     """Return the text length of sample `index` in tokens: log-uniform, equal within a group of samples.
 
-    During the curriculum the longest length grows linearly with the index.
+    During the curriculum the longest length grows linearly with the index; long texts (`long_share`) come after it.
     """
     group = index // config.length_group
-    longest = config.max_tokens
-    if config.length_curriculum:
-        progress = min(1.0, group * config.length_group / config.length_curriculum)
-        longest = round(config.min_tokens + progress * (config.max_tokens - config.min_tokens))
-    share = random.Random(f"{config.seed}:length:{group}").random()
-    return round(config.min_tokens * (longest / config.min_tokens) ** share)
+    shortest, longest = config.min_tokens, config.max_tokens
+    done = group * config.length_group / config.length_curriculum if config.length_curriculum else math.inf
+    rng = random.Random(f"{config.seed}:length:{group}")
+    share, is_long = rng.random(), rng.random() < config.long_share
+    if is_long and done >= 1:
+        shortest, longest, done = longest, config.long_tokens, done - 1
+    longest = round(shortest + min(1.0, done) * (longest - shortest))
+    return round(shortest * (longest / shortest) ** share)

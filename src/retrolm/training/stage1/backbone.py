@@ -30,7 +30,7 @@ def load_backbone(recipe: Stage1Recipe) -> RetroLM:
     )
     check_window(recipe, lm)
     lm.detach()
-    longest = max(recipe.data.max_tokens, train.dev_max_tokens, smallest)
+    longest = max(recipe.data.longest, train.dev_max_tokens, smallest)
     budget = longest if train.encode == "dense" else train.encode_budget
     return RetroLM(without_head(lm.model), lm.tokenizer, config=lm.config.replace(kv_budget=budget))
 
@@ -44,7 +44,8 @@ def without_head(model: Any) -> Any:
 
 def check_window(recipe: Stage1Recipe, lm: RetroLM) -> None:
     """Raise `UserError` if the recipe's texts are to be read whole and exceed the backbone's window."""
-    lengths = {"max_tokens": recipe.data.max_tokens, "dev_max_tokens": recipe.train.dev_max_tokens}
+    longest = "long_tokens" if recipe.data.long_share else "max_tokens"
+    lengths = {longest: recipe.data.longest, "dev_max_tokens": recipe.train.dev_max_tokens}
     for name, length in lengths.items():
         if recipe.train.encode == "dense" and length > lm.backbone.window:
             raise UserError(

@@ -33,11 +33,11 @@ class DryTrainer(Stage1Trainer):
     def loaded(self) -> Iterator[Stage1Batch]:
         """Batches without end, on the host."""
         rng, data = np.random.default_rng(0), self.recipe.data
-        num_texts = max(self.recipe.train.tokens_per_batch // data.max_tokens, 1)
+        num_texts = max(self.recipe.train.tokens_per_batch // data.longest, 1)
         vocab = int(self.lm.backbone.config.vocab_size)
         prefix = rng.integers(vocab, size=PREFIX_TOKENS, dtype=np.int32)
         while True:
-            texts = [rng.integers(vocab, size=data.max_tokens, dtype=np.int32) for _ in range(num_texts)]
+            texts = [rng.integers(vocab, size=data.longest, dtype=np.int32) for _ in range(num_texts)]
             yield self._collate()([self._sample(prefix, text, rng) for text in texts])
 
     def _sample(self, prefix: TokenArray, text: TokenArray, rng: np.random.Generator) -> Stage1Sample:
@@ -52,7 +52,7 @@ class DryTrainer(Stage1Trainer):
 
 
 def _backbone(recipe: Stage1Recipe, shape: str, device: torch.device) -> RetroLM:
-    train, longest = recipe.train, recipe.data.max_tokens
+    train, longest = recipe.train, recipe.data.longest
     model = random_model(load_shape(shape), getattr(torch, train.dtype), device)
     config = RetroConfig(
         page_size=train.page_size,

@@ -6,12 +6,14 @@ Shape letters: S kinds of text, L layers with a loss, N questions.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...errors import unknown
 from ..data.config import PASSAGE_QUERY_KINDS, SYNTHETIC_KINDS, Stage1DataConfig
 from ..data.dataset import Stage1Dataset
 from ..data.mixture import text_length
@@ -30,14 +32,32 @@ def kind_of(source: str) -> str:
 
 def dev_config(data: Stage1DataConfig, min_tokens: int, max_tokens: int) -> Stage1DataConfig:
     """The training mixture at all lengths from the first sample on; 0 = the mixture's own shortest or longest."""
-    longest = max_tokens or max(data.max_tokens, min_tokens)
+    longest = max_tokens or max(data.longest, min_tokens)
     return dataclasses.replace(
         data,
         length_curriculum=0,
+        long_share=0.0,
         length_group=min(data.length_group, _MOST_ALIKE),
         min_tokens=min(min_tokens or data.min_tokens, longest),
         max_tokens=longest,
     )
+
+
+def only_kinds(data: Stage1DataConfig, kinds: Collection[str]) -> Stage1DataConfig:
+    """The mixture cut down to some kinds of text, each as frequent as the others; raises `UserError` for one it lacks.
+
+    Within people's questions the sources keep their shares.
+    """
+    totals: dict[str, float] = defaultdict(float)
+    for part, weight in data.weights.items():
+        totals[kind_of(part)] += weight
+    for kind in kinds:
+        if not totals.get(kind):
+            raise unknown("kind of text in the recipe's mixture", kind, [kind for kind in totals if totals[kind]])
+    weights = {
+        part: weight / totals[kind_of(part)] if kind_of(part) in kinds else 0.0 for part, weight in data.weights.items()
+    }
+    return dataclasses.replace(data, weights=weights)
 
 
 def dev_batches(config: Stage1DataConfig, num_samples: int, tokens_per_batch: int) -> Iterator[list[int]]:
@@ -61,8 +81,8 @@ def held_out_recall(
         total: sums counts over processes.
 
     Returns:
-        For each step "mean" and "best" over layers, "layers", and "kinds": the mean over layers by kind of text; None
-        where no question counts. Further questions count for the kind of their text.
+        For each step "mean" and "best" over layers, "layers", "kinds": the mean over layers by kind of text, None
+        where no question counts, and "asked": how many count. Further questions count for the kind of their text.
     """
     kinds = sorted({kind_of(part) for part, weight in data.context.config.weights.items() if weight > 0})
     counts = [torch.zeros(len(kinds), len(step.layers), 2, device=device) for step in steps]
@@ -97,6 +117,7 @@ def _figures(kinds: list[str], counts_SL2: Tensor) -> dict[str, Any]:
         "best": rounded(by_layer.max()),
         "layers": [rounded(share) for share in by_layer],
         "kinds": {kind: rounded(shares.mean()) for kind, shares in zip(kinds, by_kind, strict=True)},
+        "asked": {kind: int(count) for kind, count in zip(kinds, counts_SL2[:, 0, 1], strict=True)},
     }
 
 

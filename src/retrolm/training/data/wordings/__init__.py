@@ -1,0 +1,1 @@
+"""Wordings of planted facts and of the questions for them, for training only."""
