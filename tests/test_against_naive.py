@@ -131,7 +131,7 @@ def test_large_key_bias_does_not_blur_half_precision() -> None:
     assert (scores[0] - scores[1]).abs().max() < 0.1 * scores[0].std()
 
 
-@pytest.mark.parametrize(("name", "rank"), [("llama", None), ("llama", 4), ("phi3", 0), ("phi3", 4)])
+@pytest.mark.parametrize(("name", "rank"), some(["llama", "phi3"], [None, 0, 4], each=2))
 def test_untrained_full_and_low_rank_retrievers(name: str, rank: int | None) -> None:
     check_reading(*pair(name, rank, kv_budget=4 * W))
 
@@ -164,17 +164,7 @@ class Recorder(LogitsProcessor):
 
 @pytest.mark.parametrize(
     ("name", "question_tokens"),
-    [
-        *(
-            ("llama", 1),
-            ("llama", W),
-            ("qwen2", 5),
-            ("qwen2", W + 3),
-            ("mistral-sliding", 1),
-            ("mistral-sliding", W + 3),
-        ),
-        *(("gemma2", 5), ("gemma2", W), ("gemma3", 1), ("gemma3", W + 3), ("phi3", 5), ("phi3", W)),
-    ],
+    some(["llama", "qwen2", "mistral-sliding", "gemma2", "gemma3", "phi3"], [1, 5, W, W + 3], each=2),
 )
 def test_question_page_and_decoding(name: str, question_tokens: int) -> None:
     """A text with a short last page, a question of odd length and 12 generated tokens, against the naive decode."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dense_reference import Sequence, reference_scores
+from grids import pairs, some
 from retrolm.config import RetroConfig
 from retrolm.engine import bookmark_stream as bookmark_stream_module
 from retrolm.engine import dense_pass as dense_pass_module
@@ -142,11 +143,7 @@ def tokenised(name: str, chat: bool) -> RetroLM:
 
 @pytest.mark.parametrize(
     ("name", "chat", "rank"),
-    [
-        *(("llama", True, None), ("llama", False, 0), ("llama", True, 4), ("qwen2", False, None), ("qwen2", True, 0)),
-        *(("phi3", True, 0), ("phi3", False, 4), ("gemma3", False, None), ("gemma3", True, 4)),
-        *(("qwen2-sliding", True, 0), ("qwen2-sliding", False, 4)),
-    ],
+    pairs(["llama", "qwen2", "phi3", "gemma3", "qwen2-sliding"], [True, False], [None, 0, 4]),
 )
 def test_training_scores_what_the_engine_scores(name: str, chat: bool, rank: int | None) -> None:
     """Short and long questions (up to three pages), with the chat template's prefix page and without."""
@@ -172,7 +169,7 @@ def test_training_scores_what_the_engine_scores(name: str, chat: bool, rank: int
             assert (found - scores[layer]).abs().max() < 1e-5 * scores[layer].abs().max()
 
 
-@pytest.mark.parametrize(("lengths", "num_prefix"), [((29, 18), 5), ((29, 29), 0)])
+@pytest.mark.parametrize(("lengths", "num_prefix"), some([(29, 18), (29, 29)], [5, 0], each=1))
 @pytest.mark.parametrize("name", FAMILIES)
 def test_several_questions_are_as_each_alone(name: str, num_prefix: int, lengths: tuple[int, int]) -> None:
     """Scores for each of several questions on a text equal those of a batch with that question alone.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import naive_tokens as naive
 from cli_runner import run_cli
+from grids import some
 from naive_retro import NaiveRetro
 from retrolm.config import RetroConfig
 from retrolm.engine.answering import Prompt
@@ -154,7 +155,7 @@ def naive_exposure(window: int, partials: str, words: list[int]) -> float:
     return tokens(reader.seen) / tokens(own)
 
 
-@pytest.mark.parametrize(("window", "partials"), [(2, "recomputed"), (4, "kept")])
+@pytest.mark.parametrize(("window", "partials"), some([2, 4], ["recomputed", "kept"], each=1))
 def test_exposure_is_what_a_naive_count_says(window: int, partials: str) -> None:
     words = random_ids(NEW, seed=9)
     _, _, meter = generate("quest_retro", words[None], 1, window=window, partials=partials, **SMALL)
