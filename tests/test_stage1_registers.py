@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrolm.errors import UserError
@@ -88,6 +88,7 @@ def test_too_few_strings_and_unknown_kinds_are_refused() -> None:
         maker(rng, "hsh")
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 500), count=st.integers(1, 60), most=st.integers(0, 9), lines=st.booleans())
 def test_a_question_is_answered_by_the_statements_of_its_keys_and_no_others(
     seed: int, count: int, most: int, lines: bool
@@ -170,6 +171,18 @@ def _is_crowded(sample: Stage1Sample) -> bool:
     marks = [mark for mark in (evidence[:3], evidence[-3:]) if not re.fullmatch(r"[\w-]+", mark)] or [evidence[:4]]
     wanted = len(sample.input_ids) / PAGE / 2
     return max(text.count(mark) for mark in marks) >= wanted
+
+
+def test_all_statements_of_a_question_are_in_the_text() -> None:
+    """Lines that are too many are dropped; those of several keys asked for together are not."""
+    samples, num_several = registers(paper_format=1.0), 0
+    for index in range(40):
+        for question in samples[index].questions:
+            asked = decoded(question.question_ids).split("Question: ")[1].split("<|end|>")[0]
+            if asked.count(" and ") - asked.count(" and copy out") == 1:
+                num_several += 1
+                assert len(question.positive_spans) > 1
+    assert num_several > 20
 
 
 def test_small_texts_hold_their_evidence() -> None:

@@ -18,7 +18,7 @@ from .fact_wordings import Wording, draw_heading, draw_line_wording, draw_wordin
 from .frames import draw_frame
 from .haystacks import HAYSTACK_MAKERS, fact_piece
 from .keys import PLENTIFUL_KINDS, Maker, draw_facts, maker
-from .pieces import Piece, total_length
+from .pieces import Piece, Role, total_length
 from .quizzes import Quiz, draw_likeness, in_turn, quiz_on, some_forms, together
 from .sample import Stage1Sample, TokenArray
 
@@ -51,33 +51,39 @@ def register_sample(context: BuildContext, source: str, num_tokens: int, rng: ra
     if shape == "stretches":
         share = max(rng.uniform(0.1, 0.7), min(1.0, _STRETCH_TOKENS / max(1, room)))
         quiz = in_turn(*_draw_registers(context, rng.randint(1, 2), int(share * room), rng))
-        pieces = _in_haystack(context, _pieces(context, quiz), room, rng)
+        pieces = _in_haystack(context, _pieces(context, quiz, room), room, rng)
     else:
         count = 1 if shape == "whole" else rng.randint(2, _MOST_REGISTERS)
         registers = _draw_registers(context, count, room, rng)
         quiz = together(rng, *registers) if shape == "several" and rng.random() < 0.5 else in_turn(*registers)
-        pieces = _pieces(context, quiz)
+        pieces = _pieces(context, quiz, room)
     return context.finish(frame, pieces, quiz.question, source, num_tokens, rng, quiz.answer_prefix, quiz.further)
 
 
 def _draw_registers(context: BuildContext, count: int, num_tokens: int, rng: random.Random) -> tuple[list[Quiz], int]:
     """Draw registers that share `num_tokens` evenly, and the number of further questions on all of them."""
     most, registers, taken = context.config.further_questions, list[Quiz](), set[str]()
+    spaced = rng.choice(("{}\n", "{}\n", "{}\n", "{}\n\n", " {}"))
     for _ in range(count):
-        registers.append(_draw_register(context, num_tokens // count, most // count, count > 1, taken, rng))
+        registers.append(_draw_register(context, num_tokens // count, most // count, count > 1, spaced, taken, rng))
     rng.shuffle(registers)  # the first one's question is the sample's own
     return registers, most
 
 
 def _draw_register(
-    context: BuildContext, num_tokens: int, most_further: int, named: bool, taken: set[str], rng: random.Random
+    context: BuildContext,
+    num_tokens: int,
+    most_further: int,
+    named: bool,
+    spaced: str,
+    taken: set[str],
+    rng: random.Random,
 ) -> Quiz:
-    """Draw at least `num_tokens` tokens of facts of one wording; their keys are added to `taken`."""
+    """Draw at least `num_tokens` tokens of facts of one wording, each with its gap; their keys are added to `taken`."""
     split = context.split
     is_lines = rng.random() < _LINES_SHARE
     wording = draw_line_wording(rng, split) if is_lines else some_forms(rng, draw_wording(rng, split))
     keys, values = (maker(rng, kind, context.vocabulary) for kind in _draw_kinds(rng, wording))
-    spaced = rng.choice(("{}\n", "{}\n", "{}\n", "{}\n\n", " {}"))
     count = 3 + int(_SPARE * num_tokens / _tokens_per_line(context, wording, keys, values, spaced, rng))
     several = count > _TRIAL_LINES and rng.random() < _SEVERAL_VALUES_SHARE
     values_per_key = rng.randint(2, 4) if several else 1
@@ -116,9 +122,17 @@ def _headed(quiz: Quiz, heading: str) -> Quiz:
     )
 
 
-def _pieces(context: BuildContext, quiz: Quiz) -> list[Piece]:
-    ids = _encoded(context, quiz.statements)
-    return [fact_piece(*row) for row in zip(ids, quiz.is_evidence, quiz.answers, strict=True)]
+def _pieces(context: BuildContext, quiz: Quiz, room: int) -> list[Piece]:
+    """The statements; those that are asked for stay whole where others can be dropped instead."""
+    rows = zip(_encoded(context, quiz.statements), quiz.is_evidence, quiz.answers, strict=True)
+    pieces = [fact_piece(*row) for row in rows]
+    if total_length([piece for piece in pieces if _is_asked(piece)]) > room // 2:
+        return pieces
+    return [replace(piece, role=Role.FIRM) if piece.further >= 0 else piece for piece in pieces]
+
+
+def _is_asked(piece: Piece) -> bool:
+    return piece.further >= 0 or piece.role is Role.EVIDENCE
 
 
 def _encoded(context: BuildContext, texts: Iterable[str]) -> list[TokenArray]:
