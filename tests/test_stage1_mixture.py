@@ -107,6 +107,7 @@ def test_committed_recipes_load() -> None:
     assert len(RECIPES) >= 2
     for path in RECIPES:
         config = load_stage1_data_config(path)
+        assert bool(config.weights.get("facts")) == bool(config.weights.get("registers"))
         assert config.exclude, f"{path.name} keeps no evaluation set out of training"
         assert all("covidqa" in source.drop for source in config.sources if source.name == "stage1_pairs")
 

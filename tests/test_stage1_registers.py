@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from retrolm.errors import UserError
 from retrolm.training.data import Stage1Dataset, Stage1Sample, page_labels
+from retrolm.training.data.encoder import TextEncoder
 from retrolm.training.data.fact_wordings import FORMS, draw_line_wording, draw_question, draw_wording
 from retrolm.training.data.keys import KINDS, PLENTIFUL_KINDS, draw_facts, draw_strings, look_alike, maker
 from retrolm.training.data.mixture import text_length
@@ -122,6 +123,13 @@ def test_a_text_can_hold_up_to_64_keys_of_a_kind(seed: int, keys: int) -> None:
     rng = random.Random(seed)
     quiz = draw_quiz(rng, draw_wording(rng), keys, 3)
     assert keys <= len(quiz.statements) <= keys + 3 and len(set(quiz.statements)) == len(quiz.statements)
+
+
+def test_texts_are_encoded_together_as_one_by_one() -> None:
+    encoder = TextEncoder(tiny_tokenizer())
+    texts = ["The grass is green.\n", "", " 7f3a: x", "{'id': 'a'}"]
+    assert [ids.tolist() for ids in encoder.encode_each(texts)] == [encoder.encode(text).tolist() for text in texts]
+    assert all(ids.dtype == np.int32 for ids in encoder.encode_each(texts))
 
 
 def test_registers_in_turn_keep_their_order() -> None:

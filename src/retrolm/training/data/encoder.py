@@ -53,6 +53,11 @@ class TextEncoder:
         encodings = self._backend.encode_batch(texts, add_special_tokens=False)
         return [(encoding.ids, encoding.offsets) for encoding in encodings]
 
+    def encode_each(self, texts: list[str]) -> list[TokenArray]:
+        """Return the ids of many texts, int32 [T] each, quicker than one by one."""
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
     def decode(self, ids: TokenArray) -> str:
         """Return the text of some ids."""
         return str(self._backend.decode(ids.tolist(), skip_special_tokens=True))

@@ -6,11 +6,9 @@ Every other page looks like the one asked for, so only the key tells them apart:
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-
-import numpy as np
 
 from ...planting import plant, spread
 from .context import BuildContext
@@ -20,7 +18,7 @@ from .haystacks import HAYSTACK_MAKERS, fact_piece
 from .keys import PLENTIFUL_KINDS, Maker, draw_facts, maker
 from .pieces import Piece, Role, total_length
 from .quizzes import Quiz, draw_likeness, in_turn, quiz_on, some_forms, together
-from .sample import Stage1Sample, TokenArray
+from .sample import Stage1Sample
 
 _FAMILIES = (
     ("word_pair", "term", "term"),
@@ -110,7 +108,8 @@ def _tokens_per_line(
     context: BuildContext, wording: Wording, keys: Maker, values: Maker, spaced: str, rng: random.Random
 ) -> float:
     trial = quiz_on(rng, wording, draw_facts(rng, _TRIAL_LINES, keys, values))
-    return sum(map(len, _encoded(context, map(spaced.format, trial.statements)))) / _TRIAL_LINES
+    lines = context.encoder.encode_each([spaced.format(statement) for statement in trial.statements])
+    return sum(map(len, lines)) / _TRIAL_LINES
 
 
 def _headed(quiz: Quiz, heading: str) -> Quiz:
@@ -124,7 +123,7 @@ def _headed(quiz: Quiz, heading: str) -> Quiz:
 
 def _pieces(context: BuildContext, quiz: Quiz, room: int) -> list[Piece]:
     """The statements; those that are asked for stay whole where others can be dropped instead."""
-    rows = zip(_encoded(context, quiz.statements), quiz.is_evidence, quiz.answers, strict=True)
+    rows = zip(context.encoder.encode_each(quiz.statements), quiz.is_evidence, quiz.answers, strict=True)
     pieces = [fact_piece(*row) for row in rows]
     if total_length([piece for piece in pieces if _is_asked(piece)]) > room // 2:
         return pieces
@@ -133,10 +132,6 @@ def _pieces(context: BuildContext, quiz: Quiz, room: int) -> list[Piece]:
 
 def _is_asked(piece: Piece) -> bool:
     return piece.further >= 0 or piece.role is Role.EVIDENCE
-
-
-def _encoded(context: BuildContext, texts: Iterable[str]) -> list[TokenArray]:
-    return [np.array(ids, dtype=np.int32) for ids, _ in context.encoder.encode_batch(list(texts))]
 
 
 def _in_haystack(context: BuildContext, facts: Sequence[Piece], room: int, rng: random.Random) -> list[Piece]:
