@@ -14,9 +14,9 @@ from retrolm.config import RetroConfig
 from retrolm.engine import answer_tokens
 from retrolm.engine.answering import Prompt
 from retrolm.engine.model import RetroLM
+from retrolm.engine.part_attention import key_set
 from retrolm.engine.repeat_reading import repeat_marks, repeat_scores, repeated_ids
 from retrolm.engine.results import Answer
-from retrolm.engine.token_stream import _key_set
 from retrolm.errors import UserError
 from retrolm.methods import METHODS
 from retrolm.methods.razor_attention import RazorAttention
@@ -107,7 +107,7 @@ def test_identical_keys_that_are_given_up_leave_attention_as_it_was(group: int) 
         method = METHODS.get("razor_attention").with_options({"compensation": compensation})
         view = view_of(k, v, q, budget, rope)
         parts = method.select(view)  # type: ignore[attr-defined]
-        sets = [_key_set(view, part) for part in parts]
+        sets = [key_set(view, part) for part in parts]
         assert sum(int(one.allowed_BJQS.sum()) for one in sets) == 2 * budget
         assert ((attend_sets(sets, 0.3) - expected).abs().max() < 1e-12) == is_exact
 

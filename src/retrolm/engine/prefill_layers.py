@@ -2,7 +2,7 @@
 
 What stands between two matrix products takes one kernel instead of several, and the stock rotation by position 0, which
 is none, is left out. Projections run as the modules they are, so that hooks on them act as in a stock forward pass.
-Shape letters: T rows, E hidden size.
+Shape letters: B samples, T rows, E hidden size.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def is_plain(backbone: Backbone) -> bool:
     return fused_obstacle(backbone) is None and backbone.rope(0).scaling == 1.0 and not foreign_hook(backbone.model)
 
 
-def fused_rows(backbone: Backbone, program: Program, rows_1TE: Tensor, wanted: bool) -> Tensor | None:
+def fused_rows(backbone: Backbone, program: Program, rows_BTE: Tensor, wanted: bool) -> Tensor | None:
     """Run `program` (which must be running on the attachment) over embedded rows; they are changed.
 
     Args:
-        wanted: return normed hidden states [1, T, E]; else nothing behind the last layer's attention is computed.
+        wanted: return normed hidden states [B, T, E]; else nothing behind the last layer's attention is computed.
     """
-    x, more, last = rows_1TE, None, backbone.num_layers - 1
+    x, more, last = rows_BTE, None, backbone.num_layers - 1
     for layer, module in enumerate(backbone.decoder.layers):
         attention = module.self_attn
         out = _attention(program, layer, attention, _normed(module.input_layernorm, x, more), backbone.head_dim)

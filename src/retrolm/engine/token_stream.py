@@ -14,13 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..methods.once import Once
 from ..methods.sliding_window import SlidingWindow
-from ..methods.token_base import ChunkView, NewTokens, Part, QuestionQueries, TokenCache, TokenMethod
+from ..methods.token_base import ChunkView, NewTokens, Part, QuestionQueries, TokenCache, TokenMethod, distance
 from ..ops.attention import attend, bias_from
-from ..ops.joint_attention import KeySet, attend_sets, attend_sets_lse, attend_sets_reference
-from ..ops.rotary import rotate, unscaled
+from ..ops.joint_attention import attend_sets_lse
+from ..ops.rotary import unscaled
 from .backbone import Backbone
-from .token_cache import align_right, append, drop_last, empty_cache, gather_rows, num_kept, take
+from .part_attention import attend_parts, attend_weighing, key_set, placed
+from .prefill_layers import can_fuse, fused_rows
+from .token_cache import align_right, append, at_least_0, drop_last, empty_cache, num_kept, take
 
 
 class TokenStream:
@@ -80,22 +83,16 @@ class TokenStream:
         """
         self._num_again = num_again
         before, new = [length - num_again for length in self._lengths], list(num_new)
-        ends = torch.tensor(before)[:, None] + torch.arange(max(new))
-        true = ends.masked_fill(torch.arange(max(new)) >= torch.tensor(new)[:, None], -1)
         devices = {info.device for info in self._backbone.layers}
-        tensors = (true, torch.tensor(before), torch.tensor(new))
-        self._new = {
-            device: NewTokens(placed[0], before, new, placed[1], placed[2], is_prefill)
-            for device in devices
-            for placed in [[x.to(device) for x in tensors]]
-        }
+        self._new = {device: _new_tokens(before, new, device, is_prefill) for device in devices}
         self._lengths = [b + n for b, n in zip(before, new, strict=True)]
 
     def end_prefill(self) -> None:
         """Line up the samples' caches at their ends, where generated tokens follow."""
+        once = Once()
         for cache in self._caches:
             if cache is not None and len(set(self._lengths)) > 1:
-                align_right(cache)
+                align_right(cache, once)
 
     def require_positions(self, num_tokens: int) -> None:
         """Make room in the RoPE tables for a text of so many tokens; raises `UserError` past the model's limit."""
@@ -146,15 +143,8 @@ class TokenStream:
         rope, method = self._backbone.rope(layer), self._own.get(layer, self._method)
         q, k = (unscaled(x, rope.scaling, rope.rotary_dims) for x in (q, k))
         new = self._new[self._backbone.layers[layer].device]
-        cache = self._caches[layer] or empty_cache(k, v)
-        self._caches[layer] = cache
-        if self._num_again:
-            drop_last(cache, self._num_again)
-        if cache.num_places:
-            places = method.keep(cache, new, self._kv_budget)
-            if places is not None:
-                take(cache, places)
-        append(cache, k, v, new.true_BQ)
+        new.once.next_layer()
+        cache = self._grown(layer, method, k, v, new)
         heads, question = self._dense_heads[layer], self.questions.get(layer)
         view = ChunkView(layer, self._kv_budget, cache, q, new, rope.at, heads, question, self._shared)
         done = method.attend_prompt(view, scale, softcap, self._window(layer))
@@ -164,7 +154,20 @@ class TokenStream:
         parts = method.select(view)
         if parts is None:
             return self._attend_all(view, scale, softcap)
-        return self._attend_parts(view, method, parts, scale, softcap)
+        return self._attend_parts(view, method, parts, scale, softcap).transpose(1, 2)
+
+    def _grown(self, layer: int, method: TokenMethod, k: Tensor, v: Tensor, new: NewTokens) -> TokenCache:
+        """The layer's cache with the chunk's tokens, and without what the method gives up for them."""
+        cache = self._caches[layer] or empty_cache(k, v, new.once)
+        self._caches[layer] = cache
+        if self._num_again:
+            drop_last(cache, self._num_again)
+        if cache.num_places:
+            places = method.keep(cache, new, self._kv_budget)
+            if places is not None:
+                take(cache, places, new.once)
+        append(cache, k, v, new)
+        return cache
 
     def _window(self, layer: int) -> int | None:
         """The model's own window in layers that choose; the others keep it as their method."""
@@ -172,62 +175,90 @@ class TokenStream:
 
     def _attend_all(self, view: ChunkView, scale: float, softcap: float | None) -> Tensor:
         """All tokens so far, at true positions."""
-        window = self._window(view.layer)
-        counts_BQ = view.true_BQ + 1
-        self._account(view, (counts_BQ if window is None else counts_BQ.clamp(max=window))[:, None])
-        cache, true_BT = view.cache, view.cache.true_BJT[:, 0]
-        q = _placed(view.q_BHQD, view.true_BQ.clamp(min=0)[:, None], view)
-        k = _placed(cache.keys_BKTD, true_BT.clamp(min=0)[:, None], view)
+        window, cache, new = self._window(view.layer), view.cache, view.new
+        self._account(view, view.once(_num_before, new.true_BQ, window))
+        q = placed(view, view.q_BHQD, view.once(at_least_0, new.true_BQ))
+        k = placed(view, cache.keys_BKTD, view.once(at_least_0, cache.true_BJT))
         rows = [x.transpose(1, 2) for x in (q, k, cache.values_BKTD)]
-        if view.new.is_prefill and window is None:  # places are positions, and padding stands behind all
+        if new.is_prefill and window is None:  # places are positions, and padding stands behind all
             return attend(rows[0], rows[1], rows[2], None, scale, softcap, causal=True)
-        apart = view.true_BQ[:, :, None] - true_BT[:, None]
-        allowed = (apart >= 0) & (true_BT >= 0)[:, None]
-        if window is not None:
-            allowed &= apart < window
-        allowed |= ~allowed.any(-1, keepdim=True)
-        return attend(rows[0], rows[1], rows[2], bias_from(allowed, q.dtype), scale, softcap)
+        bias = view.once(_causal_bias, new.true_BQ, cache.true_BJT, window, q.dtype)
+        return attend(rows[0], rows[1], rows[2], bias, scale, softcap)
 
     def _attend_parts(
         self, view: ChunkView, method: TokenMethod, parts: list[Part], scale: float, softcap: float | None
     ) -> Tensor:
-        parts = [self._within_window(view.layer, part) for part in parts]
-        counts_BJQ = sum((part.allowed_BJQS.sum(-1) for part in parts[1:]), parts[0].allowed_BJQS.sum(-1))
-        self._account(view, counts_BJQ)
-        sets = [_key_set(view, part) for part in parts]
+        """[B, H, Q, D]."""
+        parts = [self._within_window(view, part) for part in parts]
+        self._account(view, view.once(_num_allowed, *(part.allowed_BJQS for part in parts)))
         if method.num_revised and not view.new.is_prefill:
-            out, lse = attend_sets_lse(sets, scale, softcap)
-            return method.merge(view, out, lse).to(view.q_BHQD.dtype).transpose(1, 2)
+            out, lse = attend_sets_lse([key_set(view, part) for part in parts], scale, softcap)
+            return method.merge(view, out, lse).to(view.q_BHQD.dtype)
         if not method.needs_weights:
-            return attend_sets(sets, scale, softcap).transpose(1, 2)
-        out, weights = attend_sets_reference(sets, scale, softcap)
-        real = (view.true_BQ >= 0)[:, None, :, None]
-        method.observe(view, parts, [part.masked_fill(~real, 0.0) for part in weights])
-        return out.transpose(1, 2)
+            return attend_parts(view, parts, scale, softcap)
+        out, weights = attend_weighing(view, parts, scale, softcap)
+        method.observe(view, parts, weights)
+        return out
 
-    def _within_window(self, layer: int, part: Part) -> Part:
+    def _within_window(self, view: ChunkView, part: Part) -> Part:
         """Where all layers of a model slide, no token looks further than the window, as tokens are placed."""
-        window = self._window(layer)
+        window = self._window(view.layer)
         if window is None:
             return part
-        apart = part.q_positions_BQ[:, None, :, None] - part.k_positions_BJS[:, :, None]
-        allowed = part.allowed_BJQS & (apart < window)
+        allowed = view.once(_in_window, part.allowed_BJQS, part.q_positions_BQ, part.k_positions_BJS, window)
         return dataclasses.replace(part, allowed_BJQS=allowed)
 
     def _account(self, view: ChunkView, counts_BJQ: Tensor) -> None:
         """Note what this chunk attends, padding aside; what is counted is what attention is given."""
-        counts_BJQ = counts_BJQ.masked_fill((view.true_BQ < 0)[:, None], 0)
-        dense = view.dense_heads
-        if not view.new.is_prefill and dense is not None:
-            counts_BJQ = counts_BJQ.expand(-1, len(dense), -1)
-            self._decode_dense[view.layer].append(counts_BJQ.masked_fill(~dense[:, None], 0).amax((1, 2)))
-            counts_BJQ = counts_BJQ.masked_fill(dense[:, None], 0)
-        most_B = counts_BJQ.amax((1, 2))
-        if not view.new.is_prefill:
-            self._decode[view.layer].append(most_B)
+        dense, layer, once = view.dense_heads, view.layer, view.once
+        if view.new.is_prefill:
+            most_B, so_far = once(_most, counts_BJQ, view.true_BQ, None), self._prefill[layer]
+            self._prefill[layer] = most_B if so_far is None else once(torch.maximum, so_far, most_B)
             return
-        so_far = self._prefill[view.layer]
-        self._prefill[view.layer] = most_B if so_far is None else torch.maximum(so_far, most_B)
+        self._decode[layer].append(once(_most, counts_BJQ, view.true_BQ, None if dense is None else ~dense))
+        if dense is not None:
+            self._decode_dense[layer].append(once(_most, counts_BJQ, view.true_BQ, dense))
+
+
+# --- what layers share ------------------------------------------------------------------------------------------
+
+
+def _new_tokens(before: list[int], new: list[int], device: torch.device, is_prefill: bool) -> NewTokens:
+    starts, counts = torch.tensor([before, new]).to(device, non_blocking=True)
+    rows = torch.arange(max(new), device=device)
+    true = starts[:, None] + rows
+    if min(new) < max(new):
+        true = true.masked_fill(rows >= counts[:, None], -1)
+    return NewTokens(true, before, new, starts, counts, is_prefill)
+
+
+def _num_before(true_BQ: Tensor, window: int | None) -> Tensor:
+    """Keys of each query that attends all or its window, [B, 1, Q]."""
+    return (true_BQ + 1).clamp(max=window)[:, None] if window else (true_BQ + 1)[:, None]
+
+
+def _num_allowed(*allowed_BJQS: Tensor) -> Tensor:
+    """Keys of each query, [B, J, Q]."""
+    return sum((allowed.sum(-1) for allowed in allowed_BJQS[1:]), allowed_BJQS[0].sum(-1))
+
+
+def _most(counts_BJQ: Tensor, true_BQ: Tensor, heads_K: Tensor | None) -> Tensor:
+    """Most keys that a query of each sample attends, padding aside; of these heads alone, if any are given."""
+    counts_BJQ = counts_BJQ.masked_fill((true_BQ < 0)[:, None], 0)
+    if heads_K is not None:
+        counts_BJQ = counts_BJQ.expand(-1, len(heads_K), -1).masked_fill(~heads_K[:, None], 0)
+    return counts_BJQ.amax((1, 2))
+
+
+def _causal_bias(true_BQ: Tensor, true_B1T: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
+    """For `attend` over the whole cache, [B, Q, T]."""
+    apart = distance(true_BQ, true_B1T)[:, 0]
+    allowed = apart >= 0 if window is None else (apart >= 0) & (apart < window)
+    return bias_from(allowed | ~allowed.any(-1, keepdim=True), dtype)
+
+
+def _in_window(allowed_BJQS: Tensor, q_positions_BQ: Tensor, k_positions_BJS: Tensor, window: int) -> Tensor:
+    return allowed_BJQS & (q_positions_BQ[:, None, :, None] - k_positions_BJS[:, :, None] < window)
 
 
 def _by_layer(backbone: Backbone, dense_heads_LK: Tensor | None) -> list[Tensor | None]:
@@ -242,23 +273,6 @@ def _own_window(backbone: Backbone, layer: int) -> SlidingWindow:
     return SlidingWindow(SlidingWindow.Knobs(backbone.layers[layer].window or 1))
 
 
-def _placed(x_BHTD: Tensor, positions_BJT: Tensor, view: ChunkView) -> Tensor:
-    """Rows rotated to positions."""
-    cos, sin = view.rope(positions_BJT)
-    return rotate(x_BHTD, cos, sin)
-
-
-def _key_set(view: ChunkView, part: Part) -> KeySet:
-    cache, standins = view.cache, part.standins
-    q = _placed(view.q_BHQD, part.q_positions_BQ[:, None], view)
-    if standins is not None:
-        return KeySet(q, standins.keys_BKSD, standins.values_BKSD, part.allowed_BJQS, standins.log_counts_BJS)
-    keys, values = cache.keys_BKTD, cache.values_BKTD
-    if part.places_BJS is not None:
-        keys, values = gather_rows(keys, part.places_BJS), gather_rows(values, part.places_BJS)
-    return KeySet(q, _placed(keys, part.k_positions_BJS, view), values, part.allowed_BJQS)
-
-
 # --- passes -----------------------------------------------------------------------------------------------------
 
 
@@ -271,7 +285,7 @@ def read_prompts(
     Returns:
         With `logits`, the next-token logits of each chunk, [B, Q, vocabulary]; else nothing.
     """
-    size, found = stream.chunk_tokens(), []
+    size, found, fused = stream.chunk_tokens(), [], can_fuse(backbone)
     for start in range(0, max(map(len, prompts), default=0), size):
         rows = [ids[start : start + size] for ids in prompts]
         tokens = torch.full((len(rows), max(map(len, rows))), pad_id)
@@ -279,6 +293,9 @@ def read_prompts(
             row[: len(ids)] = torch.tensor(ids)
         stream.begin([len(ids) for ids in rows], is_prefill=True)
         inputs = backbone.embed(tokens)
+        if fused and not logits:
+            fused_rows(backbone, stream, inputs, wanted=False)
+            continue
         arguments: dict[str, Any] = {
             "inputs_embeds": inputs,
             "position_ids": torch.zeros(tokens.shape, dtype=torch.int64, device=inputs.device),

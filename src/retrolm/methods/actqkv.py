@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .base import METHODS
-from .infllm import BlockSplit, InfLLM, far_queries
+from .infllm import BlockSplit, InfLLM, blocks_there, far_queries
 from .knobs import positive
 from .token_base import ChunkView, Part
 
@@ -120,28 +120,28 @@ class ActQKV(InfLLM):
         found: Tensor = view.cache.state["question"]
         return found
 
-    def _relevance(self, probe_BHD: Tensor, reps_BHND: Tensor) -> Tensor:
+    def _relevance(self, probe_BHD: Tensor, reps_BNHD: Tensor) -> Tensor:
         """How much each block has to do with a query, [B, N]."""
-        dots = torch.einsum("bhd,bhnd->bn", probe_BHD, reps_BHND)
+        dots = (reps_BNHD.flatten(2) @ probe_BHD.flatten(1)[..., None])[..., 0]
         if self.knobs.relevance == "dot":
             return dots
-        sizes = reps_BHND.square().sum((1, 3)).sqrt() * probe_BHD.square().sum((1, 2)).sqrt()[:, None]
+        sizes = reps_BNHD.square().sum((2, 3)).sqrt() * probe_BHD.square().sum((1, 2)).sqrt()[:, None]
         return dots / sizes.clamp(min=torch.finfo(sizes.dtype).tiny)
 
     # --- how many blocks ------------------------------------------------------------------------------------------
 
-    def _chosen_blocks(self, view: ChunkView, split: BlockSplit, num_blocks: Tensor) -> Tensor:
-        reps: Tensor | None = view.cache.state.get("reps")
-        if reps is None:
-            return torch.zeros(len(num_blocks), 1, dtype=torch.bool, device=view.true_BQ.device)
+    def _best_blocks(
+        self, view: ChunkView, split: BlockSplit, num_blocks: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor | None]:
+        reps, there = view.cache.state["reps"], blocks_there(view, num_blocks)
         scores = self._relevance(view.cache.state["probe"], reps)
         question = self._question(view)
         if question is not None:
             scores = scores + self.knobs.question_weight * self._relevance(question, reps)
-        there = torch.arange(reps.shape[2], device=reps.device) < num_blocks[:, None]
         self._note(view, scores, there)
-        ranks = scores.masked_fill(~there, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        return there & (ranks < self._num_chosen(view, split, there.sum(1))[:, None])
+        best = scores.masked_fill(~there, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, : split.top_k]
+        num_chosen = self._num_chosen(view, split, there.sum(1))
+        return best, torch.arange(best.shape[1], device=best.device) < num_chosen[:, None]
 
     def _note(self, view: ChunkView, scores_BN: Tensor, there_BN: Tensor) -> None:
         """Keep the entropy of this choice, of samples that made one."""

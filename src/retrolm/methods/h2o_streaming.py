@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .base import METHODS
 from .knobs import positive
-from .token_base import ChunkView, NewTokens, Part, TokenCache, TokenMethod, distance, places_of
+from .token_base import ChunkView, NewTokens, Part, TokenCache, TokenMethod, best_places, distance
 
 
 @METHODS.register("h2o_streaming")
@@ -50,9 +50,11 @@ class H2OStreaming(TokenMethod):
 
     def select(self, view: ChunkView) -> list[Part]:
         true_BKT = view.cache.true_BJT
-        apart = distance(view.true_BQ, true_BKT)
+        lengths = map(sum, zip(view.new.before, view.new.num_new, strict=True))
+        if view.cache.num_places == min(*lengths, view.kv_budget):  # no place is empty
+            return [view.once(_full_cache, *true_BKT.shape[::2], view.num_queries, true_BKT.device)]
         placed = (true_BKT >= 0).cumsum(-1).sub(1).clamp(min=0)
-        return [Part(None, apart >= 0, placed[:, 0, -view.num_queries :], placed)]
+        return [Part(None, distance(view.true_BQ, true_BKT) >= 0, placed[:, 0, -view.num_queries :], placed)]
 
     def observe(self, view: ChunkView, parts: list[Part], weights: list[Tensor]) -> None:
         num_kv_heads = view.cache.keys_BKTD.shape[1]
@@ -62,15 +64,33 @@ class H2OStreaming(TokenMethod):
     def keep(self, cache: TokenCache, new: NewTokens, kv_budget: int) -> Tensor | None:
         if cache.marks_BMT is None or cache.num_places + max(new.num_new) <= kv_budget:
             return None
-        new_B11, ends = new.counts[:, None, None], new.starts[:, None, None]
-        num_recent = (kv_budget - self._num_heavy(kv_budget) - new_B11).clamp(min=0)
-        num_kept = kv_budget - new_B11
+        kept = tuple(min(length, kv_budget - n) for length, n in zip(new.before, new.num_new, strict=True))
         true_BKT = cache.true_BJT.expand(-1, cache.marks_BMT.shape[1], -1)
-        rank = cache.marks_BMT.masked_fill(true_BKT >= ends - num_recent, torch.inf)
-        rank = rank.masked_fill(true_BKT < 0, -torch.inf)
-        # Of equal scores the later token stays: sort the reversed row.
-        order = rank.flip(-1).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1).flip(-1)
-        return places_of((order < num_kept) & (true_BKT >= 0), kv_budget)
+        recent_from = new.once(self._recent_from, new.starts, new.counts, kv_budget)
+        rank = cache.marks_BMT.masked_fill(true_BKT >= recent_from, torch.inf)
+        if cache.num_places > min(*new.before, kv_budget):  # some places are empty
+            rank = rank.masked_fill(true_BKT < 0, -torch.inf)
+        places = best_places(rank, max(kept))
+        if min(kept) < max(kept):
+            places = places.masked_fill(new.once(_too_many, kept, places.device), -1)
+        return places.sort().values
+
+    def _recent_from(self, starts_B: Tensor, counts_B: Tensor, kv_budget: int) -> Tensor:
+        """True position of the first token that stays for being recent, [B, 1, 1]."""
+        num_recent = (kv_budget - self._num_heavy(kv_budget) - counts_B).clamp(min=0)
+        return (starts_B - num_recent)[:, None, None]
 
     def _num_heavy(self, kv_budget: int) -> int:
         return kv_budget // 2 if self.knobs.num_heavy is None else self.knobs.num_heavy
+
+
+def _full_cache(num_samples: int, num_places: int, num_queries: int, device: torch.device) -> Part:
+    """All places of a cache without empty ones, as far as they are not behind a query."""
+    places = torch.arange(num_places, device=device).expand(num_samples, 1, -1)
+    queries = places[:, 0, num_places - num_queries :]
+    return Part(None, distance(queries, places) >= 0, queries, places)
+
+
+def _too_many(kept: tuple[int, ...], device: torch.device) -> Tensor:
+    """Which of a sample's best tokens it has no room for, bool [B, 1, most kept]."""
+    return torch.arange(max(kept), device=device) >= torch.tensor(kept).to(device, non_blocking=True)[:, None, None]

@@ -10,7 +10,16 @@ from torch import Tensor
 from ..ops.rotary import rotate
 from .base import METHODS
 from .knobs import positive
-from .token_base import ChunkView, Part, TokenCache, TokenMethod, distance, local_part, places_of, true_at
+from .token_base import (
+    ChunkView,
+    Part,
+    TokenMethod,
+    distance,
+    local_part,
+    mean_query,
+    places_of,
+    positions_at,
+)
 
 
 @dataclass(frozen=True)
@@ -73,80 +82,65 @@ class InfLLM(TokenMethod):
         split = self._split(view.kv_budget)
         self._promote(view, split)
         last = min(view.cache.num_places, split.window - 1 + view.num_queries)
-        places = torch.arange(view.cache.num_places - last, view.cache.num_places, device=view.true_BQ.device)
-        local = local_part(view, split.window, places.expand(len(view.true_BQ), 1, -1))
-        if view.cache.num_places <= split.window:
-            return [local]
-        return [local, self._far_part(view, split)]
+        local = local_part(view, split.window, last)
+        return [local] if view.cache.num_places <= split.window else [local, *self._far_parts(view, split)]
 
     def observe(self, view: ChunkView, parts: list[Part], weights: list[Tensor]) -> None:
         view.cache.add_marks(weights[0].sum(2))
 
-    def _far_part(self, view: ChunkView, split: BlockSplit) -> Part:
-        """First tokens, chosen blocks and what fills no block yet, for queries whose window doesn't reach them."""
-        true_B1T = view.cache.true_BJT
-        num_blocks = ((view.starts - split.num_init - split.window) // split.block).clamp(min=0)
-        waiting_from = (split.num_init + num_blocks * split.block)[:, None, None]
-        block_B1T = (true_B1T - split.num_init).div(split.block, rounding_mode="floor")
-        chosen_BN = self._chosen_blocks(view, split, num_blocks)
-        in_chosen = chosen_BN[:, None].gather(2, block_B1T.clamp(0, chosen_BN.shape[1] - 1))
-        in_block = (true_B1T >= split.num_init) & (true_B1T < waiting_from)
-        ends = (view.starts - split.window + view.num_queries)[:, None, None]
-        behind = (true_B1T >= 0) & (true_B1T < ends)
-        places = places_of(behind & (~in_block | in_chosen), view.kv_budget)
-        true_BJS = true_at(view.cache, places)
-        apart = distance(view.true_BQ, true_BJS)
-        far = view.true_BQ.clamp(0, 0)
-        return Part(places, apart >= split.window, far + split.window - 1, true_BJS.clamp(0, 0))
+    def _far_parts(self, view: ChunkView, split: BlockSplit) -> list[Part]:
+        """First tokens and what fills no block yet, for queries whose window doesn't reach them; chosen blocks."""
+        true_B1T, num_blocks = view.cache.true_BJT, tuple(_num_blocks(view, split))
+        reach = view.num_queries - split.window
+        width = max(length + reach - n * split.block for length, n in zip(view.new.before, num_blocks, strict=True))
+        loose = view.once(_loose_part, true_B1T, view.true_BQ, view.starts, split, num_blocks, width)
+        num_chosen = min(split.top_k, max(num_blocks))
+        if not num_chosen:
+            return [loose]
+        slots = view.once(_block_slots, true_B1T, view.true_BQ, split, num_blocks, num_chosen)
+        best_Bn, attended_Bn = self._best_blocks(view, split, num_blocks)
+        places = torch.add(slots.places_B1W, best_Bn[:, :, None], alpha=split.block).flatten(1)[:, None]
+        if min(num_blocks) < max(num_blocks):  # another sample's block may stand behind this one's end
+            places = places.clamp(max=view.cache.num_places - 1)
+        allowed = slots.allowed_B1QS
+        if attended_Bn is not None:
+            allowed = allowed & attended_Bn.repeat_interleave(split.block, 1)[:, None, None]
+        return [loose, Part(places, allowed, loose.q_positions_BQ, slots.k_positions_B1S)]
 
-    def _chosen_blocks(self, view: ChunkView, split: BlockSplit, num_blocks: Tensor) -> Tensor:
-        """Which blocks the unit attends, bool [B, N], N at least 1."""
-        reps: Tensor | None = view.cache.state.get("reps")
-        if reps is None:
-            return torch.zeros(len(num_blocks), 1, dtype=torch.bool, device=view.true_BQ.device)
-        scores_BN = torch.einsum("bhd,bhnd->bn", self._mean_query(view, split), reps)
-        there = torch.arange(reps.shape[2], device=reps.device) < num_blocks[:, None]
-        ranked = scores_BN.masked_fill(~there, -torch.inf)
-        best = ranked.topk(min(split.top_k, ranked.shape[1])).indices
-        return torch.zeros_like(there).scatter(1, best, True) & there
-
-    def _mean_query(self, view: ChunkView, split: BlockSplit) -> Tensor:
-        """The unit's queries at the window's far end, mean over its tokens, [B, H, D] float32 or wider."""
-        real = (view.true_BQ >= 0)[:, None, :, None]
-        return far_queries(view, split, view.q_BHQD).masked_fill(~real, 0).sum(2) / real.sum(2).clamp(min=1)
+    def _best_blocks(
+        self, view: ChunkView, split: BlockSplit, num_blocks: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The unit's best blocks, best first, int64 [B, most chosen], and which of them it attends; None = all."""
+        reps_BNHD: Tensor = view.cache.state["reps"]
+        query_BHD = rotate(mean_query(view, view.q_BHQD), *_far_angle(view, split))
+        scores_BN = (reps_BNHD.flatten(2) @ query_BHD.flatten(1)[..., None])[..., 0]
+        if min(num_blocks) < max(num_blocks):
+            scores_BN = scores_BN.masked_fill(~blocks_there(view, num_blocks), -torch.inf)
+        return scores_BN.topk(min(split.top_k, max(num_blocks))).indices, None
 
     def _promote(self, view: ChunkView, split: BlockSplit) -> None:
         """Set the representatives of blocks that have become complete behind the window since the last unit."""
-        state = view.cache.state
-        done: list[int] = state.get("num_blocks", [0] * len(view.new.before))
-        complete = [(length - split.num_init - split.window) // split.block for length in view.new.before]
-        now = [max(d, n) for d, n in zip(done, complete, strict=True)]
+        state, now = view.cache.state, _num_blocks(view, split)
+        done: list[int] = state.get("num_blocks", [0] * len(now))
+        state["num_blocks"] = [max(d, n) for d, n in zip(done, now, strict=True)]
         changed = [d for d, n in zip(done, now, strict=True) if n > d]
-        state["num_blocks"] = now
-        for block in range(min(changed), max(now)) if changed else ():
-            self._set_representatives(view, split, block)
+        if changed:
+            self._set_representatives(view, split, min(changed), max(state["num_blocks"]))
 
-    def _set_representatives(self, view: ChunkView, split: BlockSplit, block: int) -> None:
-        """Store the mean key of one block's representatives; samples without the block yet are set again later."""
+    def _set_representatives(self, view: ChunkView, split: BlockSplit, first: int, end: int) -> None:
+        """Store the mean key of some blocks' representatives; samples without a block yet get it set again later."""
         cache, num_heads = view.cache, view.q_BHQD.shape[1]
-        first = split.num_init + block * split.block
-        inside = (cache.true_BJT >= first) & (cache.true_BJT < first + split.block)
-        places_B1S = places_of(inside, split.block)
-        marks = _padded(cache, num_heads).gather(2, places_B1S.clamp(min=0).expand(-1, num_heads, -1))
-        marks = marks.masked_fill(places_B1S < 0, -1.0)
-        best_BHR = marks.topk(min(self.knobs.repr_top_k, marks.shape[2])).indices
-        places_BHR = places_B1S.clamp(min=0).expand(-1, num_heads, -1).gather(2, best_BHR)
-        group = num_heads // cache.keys_BKTD.shape[1]
-        keys_BKTD = cache.keys_BKTD
+        marks_BHT, keys_BKTD = cache.marks_BMT, cache.keys_BKTD
+        assert marks_BHT is not None
+        places_BnW = view.once(_block_places, cache.true_BJT, split, first, end, marks_BHT.shape[2])
+        marks = marks_BHT.gather(2, places_BnW.flatten(1)[:, None].expand(-1, num_heads, -1))
+        best_BHnR = marks.unflatten(2, places_BnW.shape[1:]).topk(min(self.knobs.repr_top_k, split.block)).indices
+        picked_BKS = (places_BnW[:, None, :, :1] + best_BHnR).unflatten(1, (keys_BKTD.shape[1], -1)).flatten(2)
+        rows = keys_BKTD.gather(2, picked_BKS[..., None].expand(-1, -1, -1, keys_BKTD.shape[3]))
         wide = torch.promote_types(keys_BKTD.dtype, torch.float32)
-        picked = places_BHR.unflatten(1, (-1, group)).flatten(2)[..., None].expand(-1, -1, -1, keys_BKTD.shape[3])
-        rep = keys_BKTD.gather(2, picked).to(wide).unflatten(2, (group, -1)).mean(3).flatten(1, 2)
-        reps = cache.state.get("reps", rep[:, :, None, :][:, :, :0])
-        if block < reps.shape[2]:
-            reps[:, :, block] = rep
-        else:
-            reps = torch.cat([reps, rep[:, :, None]], 2)
-        cache.state["reps"] = reps
+        reps_BnHD = rows.unflatten(2, (-1, *best_BHnR.shape[2:])).mean(4, dtype=wide).flatten(1, 2).transpose(1, 2)
+        before = [cache.state["reps"][:, :first]] if first else []
+        cache.state["reps"] = torch.cat([*before, reps_BnHD], 1)
 
     def _split(self, kv_budget: int) -> BlockSplit:
         def given(value: int | None, default: int) -> int:
@@ -162,13 +156,71 @@ class InfLLM(TokenMethod):
 
 def far_queries(view: ChunkView, split: BlockSplit, q_BHQD: Tensor) -> Tensor:
     """Queries at the window's far end, where everything behind it is seen from, [B, H, Q, D] float32 or wider."""
-    cos, sin = view.rope(torch.full((1,), split.window - 1, device=q_BHQD.device))
-    return rotate(q_BHQD, cos, sin).to(torch.promote_types(q_BHQD.dtype, torch.float32))
+    return rotate(q_BHQD, *_far_angle(view, split)).to(torch.promote_types(q_BHQD.dtype, torch.float32))
 
 
-def _padded(cache: TokenCache, num_heads: int) -> Tensor:
-    """Marks of all places, [B, H, T]; zero where none were given."""
-    marks = cache.marks_BMT
-    if marks is None:
-        return torch.zeros(len(cache.keys_BKTD), num_heads, cache.num_places, device=cache.keys_BKTD.device)
-    return torch.nn.functional.pad(marks, (0, cache.num_places - marks.shape[2]))
+def blocks_there(view: ChunkView, num_blocks: tuple[int, ...]) -> Tensor:
+    """Which blocks each sample has, bool [B, most blocks]."""
+    found: Tensor = view.once(_there, num_blocks, max(num_blocks), view.true_BQ.device)
+    return found
+
+
+# --- the same in all layers -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """Where chosen blocks are attended: places of block 0, and a part that holds all chosen ones but for its places."""
+
+    places_B1W: Tensor
+    allowed_B1QS: Tensor
+    k_positions_B1S: Tensor
+
+
+def _num_blocks(view: ChunkView, split: BlockSplit) -> list[int]:
+    """Blocks of each sample that are complete behind the window."""
+    return [max((length - split.num_init - split.window) // split.block, 0) for length in view.new.before]
+
+
+def _loose_part(
+    true_B1T: Tensor, true_BQ: Tensor, starts_B: Tensor, split: BlockSplit, num_blocks: tuple[int, ...], width: int
+) -> Part:
+    """Tokens behind the window in no block, of which a sample has `width` at most."""
+    blocks_end = split.num_init + torch.tensor(num_blocks).to(true_B1T.device, non_blocking=True) * split.block
+    in_block = (true_B1T >= split.num_init) & (true_B1T < blocks_end[:, None, None])
+    ends = (starts_B - split.window + true_BQ.shape[1])[:, None, None]
+    places = places_of((true_B1T >= 0) & (true_B1T < ends) & ~in_block, width)
+    apart = distance(true_BQ, positions_at(true_B1T, places))
+    return Part(places, apart >= split.window, true_BQ.clamp(0, split.window - 1), torch.zeros_like(places))
+
+
+def _block_slots(
+    true_B1T: Tensor, true_BQ: Tensor, split: BlockSplit, num_blocks: tuple[int, ...], num_chosen: int
+) -> _Slots:
+    """A sample with fewer blocks leaves the last ones empty."""
+    there = _there(num_blocks, num_chosen, true_B1T.device).repeat_interleave(split.block, 1)
+    allowed = there[:, None, None] & (true_BQ >= 0)[:, None, :, None]
+    k_positions = torch.zeros_like(there, dtype=torch.int64)[:, None]
+    return _Slots(_block_places(true_B1T, split, 0, 1, true_B1T.shape[2]), allowed, k_positions)
+
+
+def _block_places(true_B1T: Tensor, split: BlockSplit, first: int, end: int, num_places: int) -> Tensor:
+    """Places of the tokens of some blocks, [B, n, W], side by side; any, where a sample doesn't have the block."""
+    text_starts_B1 = (true_B1T[:, 0] == 0).to(torch.int8).argmax(-1, keepdim=True)
+    blocks = torch.arange(first, end, device=true_B1T.device) * split.block + split.num_init
+    starts_Bn = (text_starts_B1 + blocks).clamp(max=num_places - split.block)
+    return starts_Bn[..., None] + torch.arange(split.block, device=true_B1T.device)
+
+
+def _there(num_blocks: tuple[int, ...], width: int, device: torch.device) -> Tensor:
+    return torch.arange(width, device=device) < torch.tensor(num_blocks).to(device, non_blocking=True)[:, None]
+
+
+def _far_angle(view: ChunkView, split: BlockSplit) -> tuple[Tensor, Tensor]:
+    """Cos and sin of the window's far end, [1, R]."""
+    cos, sin = view.once(view.rope, view.once(_one_position, split.window - 1, view.true_BQ.device))
+    return cos, sin
+
+
+def _one_position(position: int, device: torch.device) -> Tensor:
+    return torch.full((1,), position, device=device)

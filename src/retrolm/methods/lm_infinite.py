@@ -42,8 +42,13 @@ class LMInfinite(TokenMethod):
 
     def select(self, view: ChunkView) -> list[Part]:
         window = view.kv_budget - self.knobs.num_global
-        at_limit = view.true_BQ.clamp(0, 0) + window
-        return [local_part(view, window), first_tokens_part(view, self.knobs.num_global, window, at_limit, True)]
+        far = view.once(_far_part, view.cache.true_BJT, view.true_BQ, self.knobs.num_global, window)
+        return [local_part(view, window), far]
 
     def keep(self, cache: TokenCache, new: NewTokens, kv_budget: int) -> Tensor:
         return recent_places(cache, new, kv_budget - self.knobs.num_global - 1, self.knobs.num_global)
+
+
+def _far_part(true_BJT: Tensor, true_BQ: Tensor, num_global: int, window: int) -> Part:
+    """The first tokens at the window's size."""
+    return first_tokens_part(true_BJT, true_BQ, num_global, window, true_BQ.clamp(0, 0) + window, at_zero=True)

@@ -35,7 +35,10 @@ class SlidingWindow(TokenMethod):
 
 def recent_places(cache: TokenCache, new: NewTokens, num_recent: int, num_first: int) -> Tensor:
     """Places of the first and the most recent tokens of each sample."""
-    ends = new.starts[:, None, None]
-    there = cache.true_BJT >= 0
-    kept = there & ((cache.true_BJT < num_first) | (cache.true_BJT >= ends - num_recent))
-    return places_of(kept, num_first + num_recent)
+    found: Tensor = new.once(_recent_places, cache.true_BJT, new.starts, num_recent, num_first)
+    return found
+
+
+def _recent_places(true_BJT: Tensor, starts_B: Tensor, num_recent: int, num_first: int) -> Tensor:
+    recent = true_BJT >= starts_B[:, None, None] - num_recent
+    return places_of((true_BJT >= 0) & ((true_BJT < num_first) | recent), num_first + num_recent)

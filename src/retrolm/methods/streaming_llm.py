@@ -9,7 +9,17 @@ from torch import Tensor
 from .base import METHODS
 from .knobs import positive
 from .sliding_window import recent_places
-from .token_base import ChunkView, NewTokens, Part, TokenCache, TokenMethod, distance, local_part, places_of, true_at
+from .token_base import (
+    ChunkView,
+    NewTokens,
+    Part,
+    TokenCache,
+    TokenMethod,
+    distance,
+    local_part,
+    places_of,
+    positions_at,
+)
 
 
 @METHODS.register("streaming_llm")
@@ -43,22 +53,29 @@ class StreamingLLM(TokenMethod):
         self._refuse_budget(kv_budget, self.knobs.num_sink + 1, "sinks and the current token")
 
     def select(self, view: ChunkView) -> list[Part]:
-        window, last = view.kv_budget - self.knobs.num_sink, view.kv_budget - 1
-        far = first_tokens_part(view, self.knobs.num_sink, window, view.true_BQ.clamp(0, last), at_zero=False)
+        window = view.kv_budget - self.knobs.num_sink
+        far = view.once(_far_part, view.cache.true_BJT, view.true_BQ, self.knobs.num_sink, view.kv_budget)
         return [local_part(view, window), far]
 
     def keep(self, cache: TokenCache, new: NewTokens, kv_budget: int) -> Tensor:
         return recent_places(cache, new, kv_budget - self.knobs.num_sink - 1, self.knobs.num_sink)
 
 
-def first_tokens_part(view: ChunkView, num_first: int, window: int, q_positions_BQ: Tensor, at_zero: bool) -> Part:
+def _far_part(true_BJT: Tensor, true_BQ: Tensor, num_sink: int, kv_budget: int) -> Part:
+    """The sinks, for queries that stand at the end of their cache."""
+    at = true_BQ.clamp(0, kv_budget - 1)
+    return first_tokens_part(true_BJT, true_BQ, num_sink, kv_budget - num_sink, at, at_zero=False)
+
+
+def first_tokens_part(
+    true_BJT: Tensor, true_BQ: Tensor, num_first: int, window: int, q_positions_BQ: Tensor, at_zero: bool
+) -> Part:
     """The first tokens, for queries whose local window has left them behind.
 
     Args:
         q_positions_BQ: where the queries stand for them. at_zero: whether the keys all stand at 0, or at 0, 1, 2, ….
     """
-    true_BJT = view.cache.true_BJT
     places = places_of((true_BJT >= 0) & (true_BJT < num_first), num_first)
-    true_BJS = true_at(view.cache, places)
+    true_BJS = positions_at(true_BJT, places)
     k_positions = true_BJS.clamp(0, 0) if at_zero else true_BJS.clamp(min=0)
-    return Part(places, distance(view.true_BQ, true_BJS) >= window, q_positions_BQ, k_positions)
+    return Part(places, distance(true_BQ, true_BJS) >= window, q_positions_BQ, k_positions)

@@ -3,7 +3,8 @@
 A prompt is read in chunks of `chunk_tokens`; a generated token is a chunk of one. In every layer the engine calls, in
 this order: `keep` (what of the cache stays, to make room), `select` (what the chunk attends, and where it stands), and
 `observe` (the attention weights, for methods that ask for them). Keys are kept before RoPE, with their true positions,
-and rotated at use to the positions that `select` gives.
+and rotated at use to the positions that `select` gives. Layers whose parts hold the same tensors share what the engine
+makes of them (masks, angles, counts): `Once` is how a method gives all layers the same.
 
 Shape letters: B samples, H query heads, K KV heads, Q queries of the chunk, T cache places, S attended places, D head
 dim; J is 1 where all heads share a choice, else K (or H, in what is allowed of the whole cache); M rows of marks.
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .base import Method, Rope
+from .once import Once
 
 
 @dataclass
@@ -45,12 +47,11 @@ class TokenCache:
 
     def add_marks(self, marks_BMT: Tensor) -> None:
         """Add to the marks of the last tokens, as many as there are columns; marks begin at zero."""
-        num_rows, num_new = marks_BMT.shape[1:]
-        if self.marks_BMT is None:
-            self.marks_BMT = marks_BMT.new_zeros(len(marks_BMT), num_rows, 0)
-        missing = self.num_places - self.marks_BMT.shape[2]
-        self.marks_BMT = torch.nn.functional.pad(self.marks_BMT, (0, missing))
-        self.marks_BMT[:, :, self.num_places - num_new :] += marks_BMT
+        B, M, num_new = marks_BMT.shape
+        before = [] if self.marks_BMT is None else [self.marks_BMT]
+        missing = self.num_places - sum(marks.shape[2] for marks in before)
+        self.marks_BMT = torch.cat([*before, marks_BMT.new_zeros(B, M, missing)], 2)
+        self.marks_BMT[:, :, self.num_places - num_new :].add_(marks_BMT)
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class NewTokens:
         before, num_new: tokens before the chunk and in it, for each sample; 0 in it once a prompt has ended.
         starts, counts: the same as int64 [B] on the layer's device.
         is_prefill: whether a prompt is read (its last token already belongs to the answer).
+        once: works out what layers share.
     """
 
     true_BQ: Tensor
@@ -70,6 +72,11 @@ class NewTokens:
     starts: Tensor
     counts: Tensor
     is_prefill: bool
+    once: Once = field(default_factory=Once)
+
+    @property
+    def has_padding(self) -> bool:
+        return min(self.num_new) < self.true_BQ.shape[1]
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,11 @@ class ChunkView:
     def starts(self) -> Tensor:
         """Tokens before the chunk, int64 [B] on the layer's device."""
         return self.new.starts
+
+    @property
+    def once(self) -> Once:
+        """Works out what layers share."""
+        return self.new.once
 
 
 @dataclass(frozen=True)
@@ -272,11 +284,35 @@ def places_of(mask_BJT: Tensor, width: int) -> Tensor:
     return order.masked_fill(~mask_BJT.gather(-1, order), -1)
 
 
+def best_places(scores_BJT: Tensor, width: int) -> Tensor:
+    """Places of the `width` best scores, int64 [B, J, ≤ width], best first; of equal ones the later place."""
+    last = scores_BJT.shape[-1] - 1
+    return last - scores_BJT.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., :width]
+
+
+def mean_query(view: ChunkView, q_BHQD: Tensor) -> Tensor:
+    """Mean of the chunk's queries, however placed, over its tokens, [B, H, D] float32 or wider; zero without any."""
+    wide = torch.promote_types(q_BHQD.dtype, torch.float32)
+    if not view.new.has_padding:
+        return q_BHQD.mean(2, dtype=wide)
+    padding, counts = view.once(_padding, view.true_BQ, view.new.counts)
+    return q_BHQD.masked_fill(padding, 0).sum(2, dtype=wide) / counts
+
+
+def _padding(true_BQ: Tensor, counts_B: Tensor) -> tuple[Tensor, Tensor]:
+    return (true_BQ < 0)[:, None, :, None], counts_B.clamp(min=1)[:, None, None]
+
+
 def true_at(cache: TokenCache, places_BJS: Tensor) -> Tensor:
     """True positions of places, int64 [B, J, S]; -1 where there is none."""
-    J = max(places_BJS.shape[1], cache.true_BJT.shape[1])
+    return positions_at(cache.true_BJT, places_BJS)
+
+
+def positions_at(true_BJT: Tensor, places_BJS: Tensor) -> Tensor:
+    """`true_at` of a cache with these positions."""
+    J = max(places_BJS.shape[1], true_BJT.shape[1])
     places = places_BJS.expand(-1, J, -1)
-    found = cache.true_BJT.expand(-1, J, -1).gather(2, places.clamp(min=0))
+    found = true_BJT.expand(-1, J, -1).gather(2, places.clamp(min=0))
     return found.masked_fill(places < 0, -1)
 
 
@@ -286,17 +322,28 @@ def distance(true_BQ: Tensor, true_BJS: Tensor) -> Tensor:
     return found.masked_fill((true_BJS < 0)[:, :, None], torch.iinfo(torch.int64).min // 2)
 
 
-def local_part(view: ChunkView, window: int, places_BJS: Tensor | None = None) -> Part:
+def local_part(view: ChunkView, window: int, num_last: int | None = None) -> Part:
     """The `window` most recent tokens of each query, itself included, at their true distances.
 
     Positions are counted from the start of the window, so that they stay small however long the text is.
+
+    Args:
+        num_last: places at the cache's end that are all there is to see; None = the whole cache.
     """
-    true_BJS = view.cache.true_BJT if places_BJS is None else true_at(view.cache, places_BJS)
-    apart = distance(view.true_BQ, true_BJS)
-    start_B = (view.starts - window + 1).clamp(min=0)
+    found: Part = view.once(_local_part, view.cache.true_BJT, view.new.true_BQ, view.starts, window, num_last)
+    return found
+
+
+def _local_part(true_BJT: Tensor, true_BQ: Tensor, starts_B: Tensor, window: int, num_last: int | None) -> Part:
+    places, start_B = None, (starts_B - window + 1).clamp(min=0)
+    if num_last is not None:
+        num_places = true_BJT.shape[2]
+        places = torch.arange(num_places - num_last, num_places, device=true_BQ.device).expand(len(true_BQ), 1, -1)
+        true_BJT = true_BJT[:, :, num_places - num_last :]
+    apart = distance(true_BQ, true_BJT)
     return Part(
-        places_BJS,
+        places,
         (apart >= 0) & (apart < window),
-        (view.true_BQ - start_B[:, None]).clamp(min=0),
-        (true_BJS - start_B[:, None, None]).clamp(min=0),
+        (true_BQ - start_B[:, None]).clamp(min=0),
+        (true_BJT - start_B[:, None, None]).clamp(min=0),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,16 @@ from torch import Tensor
 from ..ops.rotary import rotate
 from .base import METHODS
 from .knobs import positive
-from .token_base import ChunkView, Part, TokenMethod, distance, places_of, true_at
+from .token_base import (
+    ChunkView,
+    Part,
+    TokenMethod,
+    best_places,
+    distance,
+    mean_query,
+    places_of,
+    positions_at,
+)
 
 
 @dataclass(frozen=True)
@@ -70,52 +80,49 @@ class TokenSelect(TokenMethod):
         new = view.new
         if new.is_prefill and max(map(sum, zip(new.before, new.num_new, strict=True))) <= view.kv_budget:
             return None
-        true_B1T = view.cache.true_BJT
-        places = places_of(self._chosen(view, true_B1T), view.kv_budget)
-        chosen = true_at(view.cache, places)
-        placed = (chosen >= 0).cumsum(-1).sub(1).clamp(min=0)
-        first = (chosen >= 0).sum(-1)[:, 0] - new.counts
-        q_positions = first[:, None] + torch.arange(view.num_queries, device=placed.device)
-        return [Part(places, distance(view.true_BQ, chosen) >= 0, q_positions.clamp(min=0), placed)]
+        split, true_B1T = self._split(view.kv_budget), view.cache.true_BJT
+        query, taken = self._remembered(view, self._mean_query(view)), self._num_taken(view, split)
+        layout = view.once(_layout, true_B1T, new.true_BQ, new.starts, new.counts, split, taken)
+        if not max(taken):
+            return [layout.part]
+        selected = best_places(self._votes(view, query, layout.candidates_B1T), max(taken))
+        if min(taken) < max(taken):
+            selected = selected.masked_fill(layout.too_many_B1n, -1)
+        places = torch.cat([layout.first_B1S, selected.sort().values, layout.last_B1S], 2)
+        return [dataclasses.replace(layout.part, places_BJS=places)]
 
-    def _chosen(self, view: ChunkView, true_B1T: Tensor) -> Tensor:
-        """What the chunk attends, its own tokens included, bool [B, 1, T]."""
-        split = self._split(view.kv_budget)
-        local_from = (view.starts - split.num_local)[:, None, None]
-        forced = (true_B1T >= 0) & ((true_B1T < split.num_init) | (true_B1T >= local_from))
-        candidates = (true_B1T >= 0) & ~forced
-        votes = self._votes(view, candidates)
-        room = view.kv_budget - split.num_init - split.num_local - view.new.counts[:, None, None]
-        # Of equal votes the later token is taken: sort the reversed row.
-        order = votes.flip(-1).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1).flip(-1)
-        return forced | (candidates & (order < room))
+    def _num_taken(self, view: ChunkView, split: _Split) -> tuple[int, ...]:
+        """Tokens that each sample selects: what there is room for, or all candidates."""
+        static = split.num_init + split.num_local
+        numbers = zip(view.new.before, view.new.num_new, strict=True)
+        return tuple(max(min(view.kv_budget - static - new, before - static), 0) for before, new in numbers)
 
-    def _votes(self, view: ChunkView, candidates_B1T: Tensor) -> Tensor:
+    def _votes(self, view: ChunkView, query_BHD: Tensor, candidates_B1T: Tensor) -> Tensor:
         """Votes for each place, float32 [B, 1, T]; -inf for places that are no candidates."""
-        query = self._remembered(view, self._mean_query(view))
         keys = view.cache.keys_BKTD
-        grouped = query.unflatten(1, (keys.shape[1], -1))
-        logits = torch.einsum("bkgd,bktd->bkgt", grouped, keys.to(grouped.dtype)).flatten(1, 2)
-        shares = logits.masked_fill(~candidates_B1T, -torch.inf).softmax(-1).nan_to_num(0.0)
-        votes = shares.sum(1, keepdim=True)
+        logits = query_BHD.unflatten(1, (keys.shape[1], -1)) @ keys.to(query_BHD.dtype).mT
+        others = view.once(torch.logical_not, candidates_B1T)
+        shares = logits.masked_fill(others[:, None], -torch.inf).softmax(-1)
+        if view.new.has_padding or min(view.new.before) < max(view.new.before):
+            shares = shares.nan_to_num(0.0)  # of a sample without candidates
+        votes = shares.sum((1, 2))[:, None]
         if self.knobs.pool > 1:
             pad = self.knobs.pool // 2
             votes = torch.nn.functional.max_pool1d(votes, self.knobs.pool, 1, pad)[..., : votes.shape[-1]]
-        return votes.masked_fill(~candidates_B1T, -torch.inf)
+        return votes.masked_fill(others, -torch.inf)
 
     def _mean_query(self, view: ChunkView) -> Tensor:
         """The chunk's queries, rotated behind the local window, mean over its tokens, [B, H, D] float32 or wider."""
         first = self._split(view.kv_budget).num_local
-        cos, sin = view.rope(first + torch.arange(view.num_queries, device=view.q_BHQD.device))
-        wide = torch.promote_types(view.q_BHQD.dtype, torch.float32)
-        real = (view.true_BQ >= 0)[:, None, :, None]
-        rotated = rotate(view.q_BHQD, cos, sin).to(wide).masked_fill(~real, 0)
-        return rotated.sum(2) / real.sum(2).clamp(min=1)
+        places = view.once(torch.arange, first, first + view.num_queries)
+        return mean_query(view, rotate(view.q_BHQD, *view.once(view.rope, places)))
 
     def _remembered(self, view: ChunkView, query_BHD: Tensor) -> Tensor:
         """The selection cache: the query that chose last stands in for one that is alike."""
+        if self.knobs.reuse >= 1:
+            return query_BHD
         before = view.cache.state.get("query")
-        if before is not None and self.knobs.reuse < 1:
+        if before is not None:
             alike = torch.cosine_similarity(query_BHD.flatten(1), before.flatten(1), dim=1) >= self.knobs.reuse
             query_BHD = torch.where(alike[:, None, None], before, query_BHD)
         real = (view.new.counts > 0)[:, None, None]
@@ -131,3 +138,40 @@ class TokenSelect(TokenMethod):
             given(self.knobs.num_local, min(512, kv_budget // 4)),
             given(self.knobs.chunk, min(512, kv_budget // 4)),
         )
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What a chunk attends in all layers, but for which tokens are selected.
+
+    Attributes:
+        first_B1S, last_B1S: places of the first tokens, and of the local ones with the chunk; -1 = none.
+        candidates_B1T: which places can be selected. too_many_B1n: which of the best ones a sample has no room for.
+        part: first, selected and last tokens; its places are those of the first and last ones.
+    """
+
+    first_B1S: Tensor
+    last_B1S: Tensor
+    candidates_B1T: Tensor
+    too_many_B1n: Tensor
+    part: Part
+
+
+def _layout(
+    true_B1T: Tensor, true_BQ: Tensor, starts_B: Tensor, counts_B: Tensor, split: _Split, taken: tuple[int, ...]
+) -> _Layout:
+    num_queries, device = true_BQ.shape[1], true_B1T.device
+    there = true_B1T >= 0
+    is_first = there & (true_B1T < split.num_init)
+    is_last = there & ~is_first & (true_B1T >= (starts_B - split.num_local)[:, None, None])
+    first, last = places_of(is_first, split.num_init), places_of(is_last, split.num_local + num_queries)
+    too_many = (
+        torch.arange(max(taken), device=device) >= torch.tensor(taken).to(device, non_blocking=True)[:, None, None]
+    )
+    selected = torch.zeros_like(too_many, dtype=torch.int64).masked_fill(too_many.flip(-1), -1)
+    true_B1S = torch.cat([positions_at(true_B1T, first), selected, positions_at(true_B1T, last)], 2)
+    placed = (true_B1S >= 0).cumsum(-1).sub(1).clamp(min=0)
+    begin_B1 = (true_B1S >= 0).sum(-1) - counts_B[:, None]
+    q_positions = (begin_B1 + torch.arange(num_queries, device=device)).clamp(min=0)
+    part = Part(torch.cat([first, last], 2), distance(true_BQ, true_B1S) >= 0, q_positions, placed)
+    return _Layout(first, last, there & ~is_first & ~is_last, too_many, part)

@@ -38,26 +38,59 @@ def attend_sets(sets: list[KeySet], scale: float, softcap: float | None = None) 
     biased = any(one.bias_BJS is not None for one in sets)
     if softcap or (biased and first.q_BHQD.dtype.itemsize < 4):  # the mask, in the queries' dtype, would round a bias
         return attend_sets_reference(sets, scale, softcap)[0]
-    B, H, Q, D = first.q_BHQD.shape
-    K = first.k_BKSD.shape[1]
+    D, heads = first.q_BHQD.shape[-1], (first.q_BHQD.shape[1], first.k_BKSD.shape[1])
     queries = torch.cat([one.q_BHQD for one in sets], -1)
     width = queries.shape[-1]
     keys = [pad(one.k_BKSD, (i * D, width - (i + 1) * D)) for i, one in enumerate(sets)]
-    allowed = torch.cat([one.allowed_BJQS for one in sets], -1)
-    allowed = allowed | ~allowed.any(-1, keepdim=True)
-    bias = torch.zeros(allowed.shape, dtype=queries.dtype, device=queries.device)
+    bias = joined_bias(queries.dtype, heads, *(one.allowed_BJQS for one in sets))
     if biased:
-        bias = torch.cat([_bias_like(one, queries.dtype) for one in sets], -1)
-    bias = bias.masked_fill(~allowed, -torch.inf)
-    bias = bias.repeat(1, 1, H // K, 1) if bias.shape[1] in (1, K) else bias.reshape(B, K, (H // K) * Q, -1)
-    out = scaled_dot_product_attention(
-        queries.reshape(B, K, (H // K) * Q, width),
-        torch.cat(keys, 2),
-        torch.cat([one.v_BKSD for one in sets], 2),
-        attn_mask=bias,
-        scale=scale,
-    )
-    return out.reshape(B, H, Q, D)
+        bias = bias + in_groups(torch.cat([_bias_like(one, queries.dtype) for one in sets], -1), heads)
+    values = torch.cat([one.v_BKSD for one in sets], 2)
+    return attend_joined(queries, torch.cat(keys, 2), values, bias, scale)
+
+
+def joined_bias(dtype: torch.dtype, heads: tuple[int, int], *allowed_BJQS: Tensor) -> Tensor:
+    """What `attend_joined` adds to logits for what is allowed of each set: 0, or -inf; [B, 1 or K, G·Q, S].
+
+    A query that may attend nothing is given everything. `heads`: H and K.
+    """
+    allowed = torch.cat(allowed_BJQS, -1)
+    allowed = allowed | ~allowed.any(-1, keepdim=True)
+    bias = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, -torch.inf)
+    return in_groups(bias, heads)
+
+
+def in_groups(x_BJQS: Tensor, heads: tuple[int, int]) -> Tensor:
+    """What holds for heads as it holds for the queries of each KV head, [B, 1 or K, G·Q, S]."""
+    H, K = heads
+    if x_BJQS.shape[1] in (1, K):
+        return x_BJQS.repeat(1, 1, H // K, 1)
+    return x_BJQS.unflatten(1, (K, H // K)).flatten(2, 3)
+
+
+def attend_joined(q_BHQE: Tensor, k_BKSE: Tensor, v_BKSD: Tensor, bias_BJRS: Tensor, scale: float) -> Tensor:
+    """Attention of queries over keys that stand side by side, [B, H, Q, D]; see `attend_sets`."""
+    grouped = _grouped(q_BHQE, k_BKSE.shape[1])
+    out = scaled_dot_product_attention(grouped, k_BKSE, v_BKSD, attn_mask=bias_BJRS, scale=scale)
+    return out.reshape(*q_BHQE.shape[:3], v_BKSD.shape[3])
+
+
+def weigh_joined(
+    q_BHQE: Tensor, k_BKSE: Tensor, v_BKSD: Tensor, bias_BJRS: Tensor, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """`attend_joined` written out, and the weights [B, H, Q, S] in the dtype of the bias, float32 or wider."""
+    wide = bias_BJRS.dtype
+    scores = _grouped(q_BHQE, k_BKSE.shape[1]).to(wide) @ k_BKSE.to(wide).mT
+    if softcap:
+        scores, scale = torch.tanh(scores * (scale / softcap)), softcap
+    weights = torch.add(bias_BJRS, scores, alpha=scale).softmax(-1)
+    out = (weights @ v_BKSD.to(wide)).to(q_BHQE.dtype)
+    return out.reshape(*q_BHQE.shape[:3], -1), weights.view(*q_BHQE.shape[:3], -1)
+
+
+def _grouped(q_BHQE: Tensor, num_kv_heads: int) -> Tensor:
+    B, H, Q, E = q_BHQE.shape
+    return q_BHQE.reshape(B, num_kv_heads, (H // num_kv_heads) * Q, E)
 
 
 def attend_sets_reference(
