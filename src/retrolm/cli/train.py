@@ -139,14 +139,13 @@ def _run(trainer: Any, num_steps: int, resume: bool, stop_after: float | None) -
 
 def _stage1_trainer(recipe: Any, pool: Path, out: Path, data_root: Path | None, trackers: Sequence[str]) -> Any:
     with waiting(f"Loading {recipe.train.model} …"):
-        from accelerate import PartialState
-
         from ..engine.quiet import silence_libraries
+        from ..training.processes import join
         from ..training.stage1.backbone import load_backbone
         from ..training.stage1.trainer import Stage1Trainer
 
         silence_libraries()
-        with PartialState().main_process_first():
+        with join().main_process_first():
             if data_root is not None and not (pool / "manifest.json").is_file():
                 prepare(recipe.data, recipe.train.model, data_root, pool)
         return Stage1Trainer(recipe, load_backbone(recipe), pool, out, trackers=trackers)

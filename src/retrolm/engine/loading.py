@@ -17,6 +17,7 @@ from .pull import CARD
 def load_model(folder: str, dtype: Any, device_map: Any, model_options: dict[str, Any]) -> tuple[Any, Any]:
     """Load model and tokenizer from a folder or hub id; a CUDA device is used if there is one.
 
+    A `device_map` that is a function places the model itself, once it is loaded on the host.
     dtype "auto" is what the model's config says; demo backbones compute in float32 on a CPU, in bfloat16 on a GPU.
 
     Raises:
@@ -28,9 +29,13 @@ def load_model(folder: str, dtype: Any, device_map: Any, model_options: dict[str
         dtype = torch.bfloat16  # pulled models say float32, which is for CPUs
     try:
         check_family(AutoConfig.from_pretrained(folder).get_text_config())
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device_map, **model_options)
+        place = device_map if callable(device_map) else None
+        places = None if place is not None else device_map
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=places, **model_options)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        if device_map is None and torch.cuda.is_available() and not _is_on_cuda(model):
+        if place is not None:
+            place(model)
+        elif device_map is None and torch.cuda.is_available() and not _is_on_cuda(model):
             model = model.to("cuda")
     except (OSError, ValueError, ImportError) as error:
         if isinstance(error, UserError):

@@ -118,7 +118,8 @@ class RetroLM:
                 shipped for this backbone, if any; bookmark rows go past it.
             method: name of the method (`retrolm methods`). method_options: its knobs.
             dtype, device_map: as transformers' `from_pretrained`; by default a CUDA device is used if there is one,
-                and demo backbones compute in bfloat16 there (in float32 on a CPU).
+                and demo backbones compute in bfloat16 there (in float32 on a CPU). A function is called with the loaded
+                model, to place it.
             model_options: further arguments for transformers' `from_pretrained` (quantization_config, …).
             options: fields of `RetroConfig` (kv_budget, page_size, …).
 

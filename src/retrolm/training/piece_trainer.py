@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from ..engine.adapter import AdapterCard
 from ..engine.model import RetroLM
+from ..engine.sharding import is_sharded
 from ..engine.text_loss import checkpoint_layers
 from ..errors import UserError
 from .document_pieces import PieceStream, held_out_pieces
@@ -61,7 +62,7 @@ class PieceTrainer(TrainingLoop[Tensor]):
         train: PieceTrainConfig = recipe.train
         if train.deterministic:
             be_deterministic()
-        super().__init__(name, new_accelerator(trackers, out, find_unused=False), train, out, lm.device, log)
+        super().__init__(name, new_accelerator(lm, trackers, out, find_unused=False), train, out, lm.device, log)
         self._own_passes = own_share(train.accumulate, self.accelerator.num_processes)
         self._held_out, self._never = held_out_pieces(recipe.data, lm.tokenizer, data_root)
         torch.manual_seed(train.seed)
@@ -82,7 +83,9 @@ class PieceTrainer(TrainingLoop[Tensor]):
     def dev_loss(self) -> float | None:
         """Mean loss of a held-out token, with nothing chosen by knowledge of it (D22); None without data."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for piece in self._held_out[self.accelerator.process_index :: self.accelerator.num_processes]:
+        # A sharded backbone's passes are of all processes: each measures all, which leaves the mean as it is.
+        share = 1 if is_sharded(self.lm.model) else self.accelerator.num_processes
+        for piece in self._held_out[self.accelerator.process_index % share :: share]:
             program = self.step_module.program(piece.shape[-1], causal=True)
             with self.step_module.running(program):
                 loss = self.step_module(piece, program)

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from ...engine.landmark_rows import num_places
 from ...engine.landmarks import CONTEXT, NUM_BETWEEN, require_groups, require_window
 from ...engine.model import RetroLM
 from ..document_pieces import num_prefix_tokens
 from ..piece_trainer import PieceTrainer
+from ..processes import backbone_place
 from ..run_log import Log
 from .config import LandmarkRecipe
 from .step import LandmarkStep
@@ -22,8 +21,9 @@ LANDMARK_FOLDER = "landmark"
 
 def load_backbone(recipe: LandmarkRecipe) -> RetroLM:
     """Load the recipe's backbone on the device of this process; raises `UserError`."""
-    PartialState()  # makes this process's GPU the current one, where the model is put
-    return RetroLM.from_pretrained(recipe.train.model, retriever=None, dtype=recipe.train.dtype, method="full")
+    train = recipe.train
+    place = backbone_place()
+    return RetroLM.from_pretrained(train.model, retriever=None, dtype=train.dtype, device_map=place, method="full")
 
 
 class LandmarkTrainer(PieceTrainer):

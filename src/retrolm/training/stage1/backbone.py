@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from accelerate import PartialState
 from torch import nn
 
 from ...config import MIN_BUDGET_PAGES
 from ...engine.model import RetroLM
 from ...errors import UserError
+from ..processes import backbone_place, require_whole
 from .config import Stage1Recipe
 
 
 def load_backbone(recipe: Stage1Recipe) -> RetroLM:
     """Load the recipe's backbone so that whole training texts fit its RoPE tables; raises `UserError`."""
-    PartialState()  # makes this process's GPU the current one, where the model is put
     train = recipe.train
     smallest = MIN_BUDGET_PAGES * (train.page_size + 1)
     lm = RetroLM.from_pretrained(
         train.model,
         retriever=None,
         dtype=train.dtype,
+        device_map=backbone_place(),
         page_size=train.page_size,
         kv_budget=smallest,
         bookmarks=train.bookmarks,
@@ -40,6 +40,14 @@ def without_head(model: Any) -> Any:
     if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
         model.set_output_embeddings(nn.Identity())
     return model
+
+
+def check_sharing(recipe: Stage1Recipe, lm: RetroLM) -> None:
+    """Raise `UserError` for ways of reading that don't work with a sharded backbone."""
+    if recipe.train.encode == "streaming":
+        require_whole(lm, "encode='streaming'")  # longer texts take more passes
+    if recipe.train.bookmarks == "visible":
+        require_whole(lm, "bookmarks='visible'")  # its last layer would be taken apart before its gradients are known
 
 
 def check_window(recipe: Stage1Recipe, lm: RetroLM) -> None:

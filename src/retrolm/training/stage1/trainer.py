@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ...engine.model import RetroLM
+from ...engine.sharding import is_sharded
 from ...errors import UserError
 from ...retriever import PageRetriever, RetrieverCard, load_retriever
 from ..data.config import Stage1DataConfig
@@ -29,7 +30,7 @@ from ..recipe import model_name
 from ..run_log import Log
 from ..schedule import learning_rate
 from .ahead import ReadAhead, ReadBatch
-from .backbone import check_window
+from .backbone import check_sharing, check_window
 from .batches import Collate, Stage1Batch, micro_batches
 from .config import Stage1Recipe, Stage1TrainConfig
 from .held_out import dev_batches, dev_config, held_out_recall, hits_and_counts
@@ -65,9 +66,11 @@ class Stage1Trainer(TrainingLoop[ReadBatch]):
         trackers: Sequence[Any] = (),
     ) -> None:
         self.recipe, self.lm, self.pool = recipe, lm, pool
-        accelerator = new_accelerator(trackers, out, find_unused=True)  # the last layer's value delta feeds no score
+        # The last layer's value delta feeds no score.
+        accelerator = new_accelerator(lm, trackers, out, find_unused=True)
         super().__init__("retrolm-stage1", accelerator, recipe.train, out, lm.device, log)
         check_window(recipe, lm)
+        check_sharing(recipe, lm)
         if lm.config.bookmarks != recipe.train.bookmarks:
             raise UserError(
                 f"The backbone reads bookmarks={lm.config.bookmarks!r}, the recipe {recipe.train.bookmarks!r}."
@@ -106,8 +109,11 @@ class Stage1Trainer(TrainingLoop[ReadBatch]):
         train = self.recipe.train
         config = dev_config(self.recipe.data, train.dev_min_tokens, train.dev_max_tokens)
         data = Stage1Dataset(self._pool, self.lm.tokenizer, config, train.dev_samples, "dev")
-        own = self._own(dev_batches(config, train.dev_samples, train.tokens_per_batch))
-        return held_out_recall([self.step_module], data, own, self._collate(), self.lm.device, self._total)[0]
+        batches = dev_batches(config, train.dev_samples, train.tokens_per_batch)
+        parts = self._collate(), self.lm.device
+        if is_sharded(self.lm.model):  # its passes are of all processes: each measures all
+            return held_out_recall([self.step_module], data, batches, *parts)[0]
+        return held_out_recall([self.step_module], data, self._own(batches), *parts, self._total)[0]
 
     def _save_artefact(self) -> None:
         self.retriever.card.details.update(step=self.step, tokens=self.tokens, train_s=round(self.seconds, 1))
@@ -257,7 +263,8 @@ class Stage1Trainer(TrainingLoop[ReadBatch]):
 
     def reading(self, batches: Iterator[Stage1Batch], ahead: bool | None = None) -> ReadAhead:
         """Batches read by the backbone; see `ReadAhead`. `run` stops what it began."""
-        ahead = ahead if self.step_module.reads_alike else False
+        apart = self.step_module.reads_alike and not is_sharded(self.lm.model)  # its passes must come one by one
+        ahead = ahead if apart else False
         self._reading = ReadAhead(batches, self.step_module.read, self.lm.device, ahead)
         return self._reading
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from accelerate import PartialState
-
 from ...engine.model import RetroLM
 from ...errors import UserError
+from ..processes import backbone_place, require_whole
 from .config import Stage2Recipe
 
 
 def load_backbone(recipe: Stage2Recipe) -> RetroLM:
     """Load the recipe's backbone and retriever; raises `UserError`."""
-    PartialState()  # makes this process's GPU the current one, where the model is put
     train = recipe.train
     retriever = None if train.retriever == "none" else train.retriever
     dtype = "float32" if train.weights == "full" else train.dtype
     config = train.engine_config()
     lm = RetroLM.from_pretrained(
-        train.model, retriever=retriever, dtype=dtype, page_size=config.page_size, kv_budget=config.kv_budget
+        train.model,
+        retriever=retriever,
+        dtype=dtype,
+        device_map=backbone_place(),
+        page_size=config.page_size,
+        kv_budget=config.kv_budget,
     )
     if train.weights == "full" and getattr(lm.model, "is_quantized", False):
         raise UserError(f'The weights of {train.model!r} are quantised and can\'t be trained. Use weights = "lora".')
@@ -32,6 +35,14 @@ def check_lengths(recipe: Stage2Recipe, lm: RetroLM) -> None:
             f"max_tokens={recipe.data.max_tokens} exceeds the model's window of {lm.backbone.window} positions, which "
             f"full attention needs. Set max_tokens to {lm.backbone.window} at most, or train on sparse KV."
         )
+
+
+def check_sharing(recipe: Stage2Recipe, lm: RetroLM) -> None:
+    """Raise `UserError` for what can't be trained on a sharded backbone."""
+    if recipe.train.weights == "full":
+        require_whole(lm, 'weights = "full"')
+    if recipe.train.train_retriever:
+        require_whole(lm, "train_retriever")  # not every text's backward pass brings a pass for it
 
 
 def check_retriever(recipe: Stage2Recipe, lm: RetroLM) -> None:

@@ -12,7 +12,7 @@ from ..piece_trainer import PieceTrainer
 from ..recipe import model_name
 from ..run_log import Log
 from .artefact import RETRIEVER_FOLDER, save_model, save_retriever
-from .backbone import check_lengths, check_retriever
+from .backbone import check_lengths, check_retriever, check_sharing
 from .config import Stage2Recipe
 from .step import Stage2Step, retriever_digest
 
@@ -44,6 +44,7 @@ class Stage2Trainer(PieceTrainer):
     ) -> None:
         check_lengths(recipe, lm)
         check_retriever(recipe, lm)
+        check_sharing(recipe, lm)
         self._first_retriever = retriever_digest(lm)
         super().__init__("retrolm-stage2", recipe, lm, data_root, out, log, trackers)
 
