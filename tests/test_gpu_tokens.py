@@ -69,3 +69,37 @@ def test_long_prompts_side_by_side_in_bfloat16(name: str) -> None:
     if METHODS.get(name).has_budget:
         assert all(answer.attended_tokens["decode"] <= 2048 for answer in answers)
     assert torch.cuda.max_memory_allocated() - before < 12e9
+
+
+@pytest.mark.parametrize("name", ["streaming_llm", "lm_infinite"])
+def test_the_captured_ring_does_what_generate_does(name: str) -> None:
+    """Prompts longer and shorter than the budget; the second answer replays the graph of the first."""
+    model = tiny_model("qwen2", dtype=torch.float32).cuda()
+    lm = RetroLM(model, config=RetroConfig(kv_budget=40, page_size=8), method=name)
+    for lengths in ((150, 30, 41), (90, 60, 20)):
+        prompts = [Prompt((), tuple(random_ids(length, length).tolist()), (5,)) for length in lengths]
+        found = []
+        for decoding in ("fast", "plain"):
+            keep = _Keep()
+            options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "logits_processor": [keep]}
+            answers = lm.answer(prompts, max_new_tokens=60, decoding=decoding, **options)
+            found.append((answers, torch.stack(keep.steps)))
+        (fast, logits), (plain, expected) = found
+        assert fast[0].decode_path == "fused layers, CUDA graph" and plain[0].decode_path == "generate"
+        assert [one.token_ids for one in fast] == [one.token_ids for one in plain]
+        assert [one.attended_by_layer for one in fast] == [one.attended_by_layer for one in plain]
+        assert (logits - expected).abs().max() < 1e-3
+    lm.detach()
+
+
+class _Keep:
+    """Keeps the logits of each step."""
+
+    needs_ids = False
+
+    def __init__(self) -> None:
+        self.steps: list[Tensor] = []
+
+    def __call__(self, input_ids: Any, scores: Tensor) -> Tensor:
+        self.steps.append(scores.clone())
+        return scores

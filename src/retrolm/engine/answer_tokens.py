@@ -13,21 +13,21 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..methods.token_base import RepeatScores, TokenMethod
-from ..methods.token_pages import PagedTokenMethod
 from .answering import PROGRAMS, Outcome, Prompt, PromptProgram, prompt_answer
 from .cache_argument import cache_argument
 from .decode_reading import DecodeRequest
 from .decode_round import Continuation, FirstToken, continuation, from_loop
-from .dense_decode import places_for_prompt
 from .fast_decode import fast_decode_of
 from .generate_options import GenerateOptions
 from .paged_cache import PagedCache
-from .paged_decode import PagedRunners, note_exposure, paged_obstacle
+from .paged_decode import note_exposure
 from .question_reading import read_questions
 from .repeat_reading import repeat_scores
 from .results import Answer, Timings
+from .ring_cache import RingCache
 from .stock import left_padded
 from .token_cache import counting_cache
+from .token_loop import runners_of, step_obstacle
 from .token_stream import TokenStream, generating, read_prompts
 
 if TYPE_CHECKING:
@@ -39,14 +39,14 @@ class _Batch:
     """Prompts that are answered side by side, and when reading them began and ended (`time.perf_counter()`).
 
     Attributes:
-        paged: the cache that answers were generated over, if it was the engine's own loop.
+        cache: that answers were generated over, if it was the engine's own loop.
     """
 
     stream: TokenStream
     prompts: Sequence[Prompt]
     started: float = 0.0
     read: float = 0.0
-    paged: PagedCache | None = None
+    cache: PagedCache | RingCache | None = None
 
     @property
     def rows(self) -> list[list[int]]:
@@ -59,9 +59,20 @@ class _Batch:
 
     def decode_counts(self, num_steps: int) -> list[list[list[int]]]:
         """Keys attended by each generated token, [layer][step][sample]."""
-        if self.paged is None:
+        if self.cache is None:
             return self.stream.decode_counts()
-        return [layer.tally.most_SB[:num_steps].tolist() for layer in self.paged.layers]
+        return [layer.tally.most_SB[:num_steps].tolist() for layer in self.cache.layers]
+
+    def max_position(self, num_steps: int) -> int:
+        """Highest RoPE position that can have been used."""
+        most = self.stream.max_position
+        return max(most, self.cache.kv_budget + num_steps - 1) if isinstance(self.cache, RingCache) else most
+
+    def kept_bytes(self, num_steps: int) -> list[int]:
+        """Bytes of keys and values kept for each sample."""
+        if self.cache is None:
+            return self.stream.kept_bytes()
+        return [self.cache.num_kept(len(ids) - 1 + num_steps) * self.stream.row_bytes for ids in self.rows]
 
 
 @PROGRAMS.register("tokens")
@@ -121,36 +132,37 @@ class TokenProgram(PromptProgram):
         """By the engine's own loop where the method has a step of fixed shape and it is wanted, else by `generate`."""
         lm, method = self.lm, self.lm.method
         assert isinstance(method, TokenMethod)
-        fast, obstacle = fast_decode_of(lm.attachment, lm.backbone), paged_obstacle(lm.backbone, method)
+        fast, obstacle = fast_decode_of(lm.attachment, lm.backbone), step_obstacle(lm.backbone, method, batch.rows)
         decoded, path = fast.attempt(
             lm.attachment, checked, lambda: self._request(batch, num_tokens, checked), obstacle
         )
         if decoded is None:
             return self._by_generate(batch, num_tokens, checked, path)
-        assert batch.paged is not None
-        note_exposure(batch.paged)
+        if isinstance(batch.cache, PagedCache):
+            note_exposure(batch.cache)
         return from_loop(decoded, checked)
 
     def _request(self, batch: _Batch, num_tokens: int, checked: GenerateOptions) -> DecodeRequest:
         lm, rows = self.lm, batch.rows
-        assert isinstance(lm.method, PagedTokenMethod)
+        assert isinstance(lm.method, TokenMethod)
         longest = max(map(len, rows))
+        runners, places = runners_of(lm.method, lm.config.kv_budget, longest, num_tokens)
         wants_ids = checked.streamer is not None or checked.criteria
         return DecodeRequest(
             rows=len(rows),
-            places=places_for_prompt(longest + num_tokens),
+            places=places,
             fill=lambda cache: self._read_into(batch, cache),
             num_tokens=num_tokens,
             prompts=left_padded(rows, lm.pad_id, longest)[0] if wants_ids else None,
             streamer=checked.streamer,
-            runners=PagedRunners(lm.method, lm.config.kv_budget),
+            runners=runners,
             **checked.loop_settings(),
         )
 
     @torch.no_grad()
-    def _read_into(self, batch: _Batch, cache: PagedCache) -> None:
+    def _read_into(self, batch: _Batch, cache: PagedCache | RingCache) -> None:
         """Read the prompts, all but their last tokens, and hand them over; no logits yet."""
-        batch.paged = cache
+        batch.cache = cache
         backbone = self.lm.backbone
         with self._reading(batch):
             caches, lengths = batch.stream.read_so_far()
@@ -191,9 +203,8 @@ class TokenProgram(PromptProgram):
 
     def _answers(self, batch: _Batch, found: Continuation) -> list[Answer]:
         stream, rows = batch.stream, batch.rows
-        prefill, decode, kept = stream.prefill_counts(), batch.decode_counts(found.num_steps), stream.kept_bytes()
-        if batch.paged is not None:  # what was generated went into the other cache
-            kept = [size + found.num_steps * stream.row_bytes for size in kept]
+        prefill, decode = stream.prefill_counts(), batch.decode_counts(found.num_steps)
+        kept = batch.kept_bytes(found.num_steps)
         dense = stream.dense_head_counts()
         method = self.lm.method
         assert isinstance(method, TokenMethod)
@@ -208,7 +219,7 @@ class TokenProgram(PromptProgram):
                 decode=[max((step[i] for step in layer[:steps]), default=0) for layer in decode],
                 timings=batch.timings(found),
                 device_bytes=kept[i],
-                max_position=min(stream.max_position, len(rows[i]) + len(tokens) - 2),
+                max_position=min(batch.max_position(found.num_steps), len(rows[i]) + len(tokens) - 2),
                 dense_heads=tuple(max((step[i] for step in layer[:steps]), default=0) for layer in dense),
                 left_dense=method.dense_layers(self.lm.backbone.num_layers),
                 notes=notes,

@@ -85,6 +85,15 @@ class PagedCache:
         """Bytes of keys and values."""
         return sum(x.nbytes for layer in self.layers for x in (layer.keys, layer.values))
 
+    def num_kept(self, num_tokens: int) -> int:
+        """Tokens kept of so many."""
+        return num_tokens
+
+    def advance(self) -> None:
+        """The next token stands one place further."""
+        self.positions_B.add_(1)
+        self.step.add_(1)
+
     def rewind(self) -> None:
         """Stand at the first place, whatever is in the cache."""
         for x in (self.step, self.positions_B, self.first_B):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..methods.retro_exposure import Revises
-from ..methods.token_base import TokenMethod
 from ..methods.token_pages import PagedTokenMethod
 from .adapter import adapter_hooks
 from .backbone import Backbone
@@ -13,15 +12,6 @@ from .decode_step import fused_obstacle
 from .fast_decode import Runner
 from .paged_cache import PagedCache
 from .paged_step import FusedPagedStep, PagedProgram, PagedStep
-
-
-def paged_obstacle(backbone: Backbone, method: TokenMethod) -> str | None:
-    """Why answers of a method can't be decoded over a `PagedCache`, or None."""
-    if not isinstance(method, PagedTokenMethod):
-        return f"no step of fixed shape for {method.name}"
-    if any(info.window is not None for info in backbone.layers):
-        return "sliding layers"
-    return None
 
 
 @dataclass(frozen=True)

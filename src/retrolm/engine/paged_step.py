@@ -6,7 +6,7 @@ Shape letters as in `paged_cache`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,8 +14,10 @@ from torch import Tensor
 from ..ops.decode_layer import project
 from ..ops.paged_attention import PagesToRead, attend_pages, gather_pages, page_bounds
 from ..ops.rotary import rotate
+from .attachment import Program
 from .backbone import Backbone
 from .decode_step import mlp, norm, project_heads
+from .fast_decode import StaticCache
 from .paged_cache import PagedCache, PagedLayer
 
 
@@ -66,6 +68,12 @@ class PagedProgram:
         self._num_chosen = cache.method.num_chosen(kv_budget, cache.num_pages)
         self.at = place_of_step(cache)
 
+    def begin_step(self) -> tuple[Tensor, Tensor]:
+        cache = self._cache
+        cache.recent_BQ.copy_(torch.cat([cache.recent_BQ[:, 1:], cache.tokens_B[:, None]], 1))
+        self.at = place_of_step(cache)
+        return cache.recent_BQ, self.at.true_BQ.clamp(min=0)
+
     def project(self, layer: int, name: str, rows: Tensor, out: Tensor) -> Tensor | None:
         """There are no bookmarks."""
         return None
@@ -94,6 +102,22 @@ class PagedProgram:
         return scores.topk(self._num_chosen, dim=2, sorted=False).indices
 
 
+class StepProgram(Program, Protocol):
+    """A program that says what each step feeds."""
+
+    def begin_step(self) -> tuple[Tensor, Tensor]:
+        """Tokens of the next step and their positions, int64 [B, Q] each; the newest token is the last of its row."""
+        ...
+
+
+class StepCache(StaticCache, Protocol):
+    """A cache whose `places` bound the positions of its tokens, too."""
+
+    def advance(self) -> None:
+        """The next token stands one place further."""
+        ...
+
+
 class PagedStep:
     """Feeds the cache's newest tokens and those that are revised through the stock model; its program must be running.
 
@@ -103,19 +127,15 @@ class PagedStep:
 
     layers = "stock layers"
 
-    def __init__(self, backbone: Backbone, cache: PagedCache, program: PagedProgram) -> None:
+    def __init__(self, backbone: Backbone, cache: StepCache, program: StepProgram) -> None:
         self._backbone = backbone
         self._cache = cache
         self._program = program
 
     def __call__(self) -> Tensor:
         """Logits [B, vocabulary] behind the newest tokens."""
-        cache = self._cache
-        cache.recent_BQ.copy_(torch.cat([cache.recent_BQ[:, 1:], cache.tokens_B[:, None]], 1))
-        self._program.at = place_of_step(cache)
-        logits_BV = self._logits(cache.recent_BQ, self._program.at.true_BQ.clamp(min=0))
-        cache.positions_B.add_(1)
-        cache.step.add_(1)
+        logits_BV = self._logits(*self._program.begin_step())
+        self._cache.advance()
         return logits_BV
 
     def _logits(self, tokens_BQ: Tensor, positions_BQ: Tensor) -> Tensor:
@@ -130,7 +150,7 @@ class FusedPagedStep(PagedStep):
 
     layers = "fused layers"
 
-    def __init__(self, backbone: Backbone, cache: PagedCache, program: PagedProgram) -> None:
+    def __init__(self, backbone: Backbone, cache: StepCache, program: StepProgram) -> None:
         super().__init__(backbone, cache, program)
         self._head: Any = backbone.model.get_output_embeddings()
         # A captured graph keeps addresses, and the shared table moves when it grows: this step has its own.

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .base import METHODS
+from .first_and_recent import FirstAndRecent
 from .knobs import positive
-from .sliding_window import recent_places
 from .streaming_llm import first_tokens_part
-from .token_base import ChunkView, NewTokens, Part, TokenCache, TokenMethod, local_part
+from .token_base import ChunkView, Part, local_part
 
 
 @METHODS.register("lm_infinite")
-class LMInfinite(TokenMethod):
+class LMInfinite(FirstAndRecent):
     """Tokens of the local window at true distances; the first tokens, once outside it, all at the window's size."""
 
     name = "lm_infinite"
     paper = "https://arxiv.org/abs/2308.16137"
     summary = "first tokens at a limited distance and the most recent ones (Λ mask)"
-    index = "place in the text"
-    scope = "all layers"
-    when = "each token"
     budget_split = "10 first tokens + the rest local tokens"
     keeps = "first and local tokens, on the device"
     positions = "true distances in the window; first tokens behind it at the window's size"
@@ -45,8 +43,13 @@ class LMInfinite(TokenMethod):
         far = view.once(_far_part, view.cache.true_BJT, view.true_BQ, self.knobs.num_global, window)
         return [local_part(view, window), far]
 
-    def keep(self, cache: TokenCache, new: NewTokens, kv_budget: int) -> Tensor:
-        return recent_places(cache, new, kv_budget - self.knobs.num_global - 1, self.knobs.num_global)
+    @property
+    def num_first(self) -> int:
+        return self.knobs.num_global
+
+    def first_positions(self, true_B: Tensor, kv_budget: int) -> Tensor:
+        at_limit_B = true_B - (kv_budget - self.num_first)
+        return torch.arange(self.num_first, device=true_B.device).maximum(at_limit_B[:, None])
 
 
 def _far_part(true_BJT: Tensor, true_BQ: Tensor, num_global: int, window: int) -> Part:

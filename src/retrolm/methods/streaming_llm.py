@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .base import METHODS
+from .first_and_recent import FirstAndRecent
 from .knobs import positive
-from .sliding_window import recent_places
 from .token_base import (
     ChunkView,
-    NewTokens,
     Part,
-    TokenCache,
-    TokenMethod,
     distance,
     local_part,
     places_of,
@@ -23,7 +21,7 @@ from .token_base import (
 
 
 @METHODS.register("streaming_llm")
-class StreamingLLM(TokenMethod):
+class StreamingLLM(FirstAndRecent):
     """Token t sees the sinks and the tokens after t - (budget - sinks), as if they stood side by side.
 
     The result is that of feeding one token at a time, whatever the chunk size.
@@ -32,9 +30,6 @@ class StreamingLLM(TokenMethod):
     name = "streaming_llm"
     paper = "https://arxiv.org/abs/2309.17453"
     summary = "first tokens (sinks) and the most recent ones, while reading and answering"
-    index = "place in the text"
-    scope = "all layers"
-    when = "each token"
     budget_split = "4 sinks + the rest recent tokens"
     keeps = "sinks and recent tokens, on the device"
     positions = "inside the cache: 0, 1, 2, …"
@@ -57,8 +52,13 @@ class StreamingLLM(TokenMethod):
         far = view.once(_far_part, view.cache.true_BJT, view.true_BQ, self.knobs.num_sink, view.kv_budget)
         return [local_part(view, window), far]
 
-    def keep(self, cache: TokenCache, new: NewTokens, kv_budget: int) -> Tensor:
-        return recent_places(cache, new, kv_budget - self.knobs.num_sink - 1, self.knobs.num_sink)
+    @property
+    def num_first(self) -> int:
+        return self.knobs.num_sink
+
+    def first_positions(self, true_B: Tensor, kv_budget: int) -> Tensor:
+        moved_B = (true_B - (kv_budget - 1)).clamp(min=0)
+        return torch.arange(self.num_first, device=true_B.device) + moved_B[:, None]
 
 
 def _far_part(true_BJT: Tensor, true_BQ: Tensor, num_sink: int, kv_budget: int) -> Part:
