@@ -69,6 +69,7 @@ class IntegerLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = linear.weight.detach()
         scale = weight.abs().amax(1, keepdim=True) / 127
         self.register_buffer("packed", (weight / scale).round().to(torch.int8))

@@ -47,17 +47,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def launched(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes wrote, by the configuration file that comes along, here on a CPU."""
-    out = tmp_path_factory.mktemp("launched")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(SHARDED)]
-    command = [*launch, "--main_process_port", str(free_port()), str(WORKER), str(folder), str(out)]
-    changes = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment = {**os.environ, **changes}
+def launch(folder: Path, out: Path, **changes: str) -> Path:
+    """What two processes write, by the configuration file that comes along."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(SHARDED)]
+    command += ["--main_process_port", str(free_port()), str(WORKER), str(folder), str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **changes}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return out
+
+
+@pytest.fixture(scope="module")
+def launched(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes wrote on a CPU."""
+    environment = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    return launch(folder, tmp_path_factory.mktemp("launched"), **environment)
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
@@ -98,6 +102,16 @@ def test_two_processes_that_share_a_backbone_equal_one(name: str, folder: Path, 
     assert RUNS[name](folder, tmp_path).run()
     same(tmp_path, launched / "whole" / name, 2e-6)
     same(launched / "parts" / name, launched / "whole" / name, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("exact_matmul")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_that_share_a_backbone_equal_one(folder: Path, tmp_path: Path) -> None:
+    out = launch(folder, tmp_path / "two")
+    for name in RUNS:
+        assert RUNS[name](folder, tmp_path / name).run()
+        same(tmp_path / name, out / "whole" / name, 1e-4)
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -51,6 +51,15 @@ def _is_on_cuda(model: Any) -> bool:
     return device_of(model.get_input_embeddings()).type == "cuda"
 
 
+def freeze(model: Any) -> None:
+    """Let no weight of a backbone be trained; gradients still go through it.
+
+    A quantised one is put in training mode (there is no dropout): on some CPUs bitsandbytes computes without a gradient
+    in evaluation mode, and stays with it.
+    """
+    model.requires_grad_(False).train(getattr(model, "is_quantized", False))
+
+
 def eos_ids(*sources: Any) -> tuple[int, ...]:
     """All end-of-sequence ids that the sources name, first named first."""
     found: list[int] = []

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...engine.adapter import AdapterCard
 from ...engine.landmark_loss import LandmarkPass, landmark_losses
 from ...engine.landmarks import new_landmarks
+from ...engine.loading import freeze
 from ...engine.model import RetroLM
 from ..piece_step import PieceStep
 from .config import LandmarkTrainConfig
@@ -26,7 +27,7 @@ class LandmarkStep(PieceStep):
         super().__init__()
         object.__setattr__(self, "_lm", lm)
         self._train_config, self._first = train, max(num_prefix, 1)
-        lm.model.requires_grad_(False)
+        freeze(lm.model)
         # The end-of-sequence row: on held-out pieces it starts 0.3 lower in loss than the vocabulary's mean.
         start_E = lm.untrained_bookmark()
         self.landmarks = new_landmarks(lm.backbone, start_E, train.targets, train.rank, train.alpha, card)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ...engine.loading import freeze
 from ...engine.model import RetroLM
 from ...engine.sharding import is_sharded
 from ...errors import UserError
@@ -78,7 +79,7 @@ class Stage1Trainer(TrainingLoop[ReadBatch]):
         self._unread: list[tuple[int, Tensor]] = []  # steps whose losses were not looked at yet
         self._reading: ReadAhead | None = None
         self._own_batches = own_share(recipe.train.accumulate, self.accelerator.num_processes)
-        lm.model.requires_grad_(False).eval()
+        freeze(lm.model)
         self.step_module = self.trained = Stage1Step(lm, self._first_retriever(), recipe.train).to(lm.device)
         betas, on_gpu = (0.9, recipe.train.beta2), lm.device.type == "cuda"
         optimizer = torch.optim.AdamW(self._groups(), lr=recipe.train.lr, betas=betas, fused=on_gpu or None)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...engine.adapter import AdapterCard, LoraAdapter, new_adapter
 from ...engine.frozen_projections import FrozenProjections
+from ...engine.loading import freeze
 from ...engine.model import RetroLM
 from ...engine.page_pulls import retriever_gradients
 from ...engine.sparse_pass import SparseProgram
@@ -40,11 +41,12 @@ class Stage2Step(PieceStep):
         self.register_buffer("bookmark", embedding, persistent=False)
         self.adapter: LoraAdapter | None = None
         self.frozen: FrozenProjections | None = None
-        lm.model.requires_grad_(train.weights == "full")
         if train.weights == "full":
+            lm.model.requires_grad_(True)
             self.frozen = FrozenProjections(lm.backbone)
             self.model = lm.model
         else:
+            freeze(lm.model)
             self.adapter = new_adapter(lm.backbone, train.targets, train.rank, train.alpha, card).place(lm.backbone)
             lm.use_adapter(self.adapter)
 
