@@ -10,7 +10,7 @@ RETROLM_TORCH ?= torch==2.13.0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 USER_EXTRAS := gguf,documents
-TEST_EXTRAS := $(USER_EXTRAS),evaluation,training,lora,rag,ann,ray,dev
+TEST_EXTRAS := $(USER_EXTRAS),evaluation,training,lora,quantised,rag,ann,ray,dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
