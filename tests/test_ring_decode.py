@@ -12,7 +12,6 @@ from retrolm.config import RetroConfig
 from retrolm.engine.answering import Prompt
 from retrolm.engine.model import RetroLM
 from retrolm.engine.results import Answer
-from retrolm.errors import UserError
 from tiny_models import exact_model, random_ids
 
 NEW, BUDGET = 45, 21
@@ -81,7 +80,11 @@ def test_answers_that_end_early_end_alike() -> None:
     assert len({len(one.token_ids) for one in fast}) > 1
 
 
-@pytest.mark.parametrize(("family", "length", "message"), [("gemma2", 9, "sliding layers"), ("llama", 3, "3 first")])
-def test_what_has_no_ring_is_refused(family: str, length: int, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        ask(engine(family, "streaming_llm"), "fast", (length,))
+@pytest.mark.parametrize(("family", "lengths"), [("gemma2", LENGTHS), ("llama", (50, 3, 1))])
+def test_what_has_no_ring_is_run_as_it_comes(family: str, lengths: tuple[int, ...]) -> None:
+    """Sliding layers, and a prompt shorter than what always stays."""
+    lm = engine(family, "streaming_llm")
+    fast, logits = ask(lm, "fast", lengths)
+    plain, expected = ask(lm, "plain", lengths)
+    assert (logits - expected).abs().max() < 2e-6
+    assert [one.attended_by_layer for one in fast] == [one.attended_by_layer for one in plain]

@@ -26,8 +26,9 @@ from .repeat_reading import repeat_scores
 from .results import Answer, Timings
 from .ring_cache import RingCache
 from .stock import left_padded
+from .stream_loop import StreamCache, StreamRunners
 from .token_cache import counting_cache
-from .token_loop import runners_of, step_obstacle
+from .token_loop import loop_obstacle, runners_of
 from .token_stream import TokenStream, generating, read_prompts
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class _Batch:
     """Prompts that are answered side by side, and when reading them began and ended (`time.perf_counter()`).
 
     Attributes:
-        cache: that answers were generated over, if it was the engine's own loop.
+        cache: that answers were generated over, if it was one of fixed shape.
     """
 
     stream: TokenStream
@@ -129,10 +130,10 @@ class TokenProgram(PromptProgram):
         return method.dense_heads(self._repeat_scores)
 
     def _generate(self, batch: _Batch, num_tokens: int, checked: GenerateOptions) -> Continuation:
-        """By the engine's own loop where the method has a step of fixed shape and it is wanted, else by `generate`."""
+        """By the engine's own loop where it is wanted and nothing stands against it, else by `generate`."""
         lm, method = self.lm, self.lm.method
         assert isinstance(method, TokenMethod)
-        fast, obstacle = fast_decode_of(lm.attachment, lm.backbone), step_obstacle(lm.backbone, method, batch.rows)
+        fast, obstacle = fast_decode_of(lm.attachment, lm.backbone), loop_obstacle(lm.backbone, method)
         decoded, path = fast.attempt(
             lm.attachment, checked, lambda: self._request(batch, num_tokens, checked), obstacle
         )
@@ -146,7 +147,10 @@ class TokenProgram(PromptProgram):
         lm, rows = self.lm, batch.rows
         assert isinstance(lm.method, TokenMethod)
         longest = max(map(len, rows))
-        runners, places = runners_of(lm.method, lm.config.kv_budget, longest, num_tokens)
+        runners, places = runners_of(lm.backbone, lm.method, lm.config.kv_budget, rows, num_tokens)
+        settings = checked.loop_settings()
+        if isinstance(runners, StreamRunners):
+            settings["ahead"] = 0  # the host is never ahead of a step that isn't captured
         wants_ids = checked.streamer is not None or checked.criteria
         return DecodeRequest(
             rows=len(rows),
@@ -156,18 +160,20 @@ class TokenProgram(PromptProgram):
             prompts=left_padded(rows, lm.pad_id, longest)[0] if wants_ids else None,
             streamer=checked.streamer,
             runners=runners,
-            **checked.loop_settings(),
+            **settings,
         )
 
     @torch.no_grad()
-    def _read_into(self, batch: _Batch, cache: PagedCache | RingCache) -> None:
+    def _read_into(self, batch: _Batch, cache: PagedCache | RingCache | StreamCache) -> None:
         """Read the prompts, all but their last tokens, and hand them over; no logits yet."""
-        batch.cache = cache
-        backbone = self.lm.backbone
+        backbone, last = self.lm.backbone, [ids[-1] for ids in batch.rows]
         with self._reading(batch):
+            if isinstance(cache, StreamCache):
+                return cache.begin(batch.stream, last)
+            batch.cache = cache
             caches, lengths = batch.stream.read_so_far()
             ropes = [backbone.rope(layer) for layer in range(backbone.num_layers)]
-            cache.fill(caches, ropes, lengths, [ids[-1] for ids in batch.rows])
+            cache.fill(caches, ropes, lengths, last)
 
     @contextmanager
     def _reading(self, batch: _Batch) -> Iterator[None]:

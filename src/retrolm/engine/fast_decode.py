@@ -226,13 +226,20 @@ class Runner:
 
     Args:
         cache: which the step advances. program: that runs while it does. positions: that tokens may stand at.
+        captured: whether the step can be captured.
 
     Attributes:
         path: what runs, for reports.
     """
 
     def __init__(
-        self, backbone: Backbone, cache: StaticCache, program: Program, step: Step, positions: int = 0
+        self,
+        backbone: Backbone,
+        cache: StaticCache,
+        program: Program,
+        step: Step,
+        positions: int = 0,
+        captured: bool = True,
     ) -> None:
         self.cache = cache
         self.program = program
@@ -240,17 +247,17 @@ class Runner:
         self._positions = positions
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
-        self._on_cuda = backbone.device.type == "cuda"
+        self._is_captured = captured and backbone.device.type == "cuda"
         self._device = backbone.device
-        self.path = f"{self._step.layers}, {'CUDA graph' if self._on_cuda else 'no graph'}"
+        self.path = f"{self._step.layers}, {'CUDA graph' if self._is_captured else 'no graph'}"
 
     def has_room(self, request: DecodeRequest) -> bool:
         """Whether what is asked for fits."""
         return self.cache.places >= request.places and self._positions >= request.positions
 
     def prepare(self) -> None:
-        """Capture the step, once; changes what is in the cache. Needs `program` to be running."""
-        if not self._on_cuda or self._graph is not None:
+        """Capture the step if it can be, once; changes what is in the cache. Needs `program` to be running."""
+        if not self._is_captured or self._graph is not None:
             return
         with torch.cuda.device(self._device):
             stream = torch.cuda.Stream()

@@ -20,11 +20,10 @@ from .ring_cache import RingCache
 from .rope_table import RopeTable
 
 
-def ring_obstacle(method: FirstAndRecent, prompts: Sequence[Sequence[int]]) -> str | None:
-    """Why answers to these prompts can't be decoded over a `RingCache`, or None: it begins with the first tokens."""
-    if min(map(len, prompts)) > method.num_first:
-        return None
-    return f"a prompt of no more than the {method.num_first} first tokens that {method.name} keeps"
+def ring_fits(backbone: Backbone, method: FirstAndRecent, prompts: Sequence[Sequence[int]]) -> bool:
+    """Whether answers to these prompts can be decoded over a `RingCache`: it begins with the first tokens."""
+    slides = any(info.window is not None for info in backbone.layers)
+    return not slides and min(map(len, prompts)) > method.num_first
 
 
 class RingProgram:

@@ -1,4 +1,4 @@
-"""Which token methods have a step of fixed shape, and what runs it."""
+"""What runs the answers of a token method in the engine's own loop."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from .backbone import Backbone
 from .dense_decode import places_for_prompt
 from .fast_decode import Runner
 from .paged_decode import PagedRunners
-from .ring_decode import RingRunners, ring_obstacle
+from .ring_decode import RingRunners, ring_fits
+from .stream_loop import StreamRunners
 
 
-def step_obstacle(backbone: Backbone, method: TokenMethod, prompts: Sequence[Sequence[int]]) -> str | None:
-    """Why the answers to these prompts have no step of fixed shape, or None."""
-    if not isinstance(method, PagedTokenMethod | FirstAndRecent):
-        return f"no step of fixed shape for {method.name}"
-    if any(info.window is not None for info in backbone.layers):
-        return "sliding layers"
-    return ring_obstacle(method, prompts) if isinstance(method, FirstAndRecent) else None
+def loop_obstacle(backbone: Backbone, method: TokenMethod) -> str | None:
+    """Why a method's answers can't be decoded in the loop, or None."""
+    slides = any(info.window is not None for info in backbone.layers)
+    return "sliding layers" if isinstance(method, PagedTokenMethod) and slides else None
 
 
 def runners_of(
-    method: TokenMethod, kv_budget: int, longest: int, num_tokens: int
+    backbone: Backbone, method: TokenMethod, kv_budget: int, prompts: Sequence[Sequence[int]], num_tokens: int
 ) -> tuple[Callable[[Backbone, int, int], Runner], int]:
     """What builds the runner for a method without an obstacle, and the places that its cache needs.
 
     Args:
-        longest: tokens of the longest prompt. num_tokens: to generate.
+        num_tokens: to generate behind each prompt.
     """
-    if isinstance(method, FirstAndRecent):
+    longest = max(map(len, prompts))
+    if isinstance(method, PagedTokenMethod):
+        return PagedRunners(method, kv_budget), places_for_prompt(longest + num_tokens)
+    if isinstance(method, FirstAndRecent) and ring_fits(backbone, method, prompts):
         return RingRunners(method, kv_budget), places_for_prompt(min(longest, kv_budget) + num_tokens)
-    assert isinstance(method, PagedTokenMethod)
-    return PagedRunners(method, kv_budget), places_for_prompt(longest + num_tokens)
+    return StreamRunners(), 1
