@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from retrolm.errors import UserError
 from retrolm.training.data import TokenPool, prepare_pool
 from retrolm.training.data.collect import is_held_out
+from retrolm.training.data.encoder import tokenizer_fingerprint
 from retrolm.training.data.pool import compact_ids
 from retrolm.training.data.rows import content_hash
 from retrolm.training.data.sentences import sentence_starts, split_sentences, token_span, token_starts
@@ -192,3 +194,14 @@ def test_sentence_tokens_cover_their_characters(words: list[str]) -> None:
     assert token_starts(starts, spans) == starts
     for start in starts:
         assert token_span(start, start + 3, spans) == (start, min(start + 3, len(story)))
+
+
+def test_a_call_that_cuts_or_pads_leaves_the_tokenizer_the_same() -> None:
+    """Such options stay with a fast tokenizer; a pool is for all who split texts alike."""
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    before = tokenizer_fingerprint(tokenizer)
+    tokenizer.backend_tokenizer.enable_truncation(5)
+    tokenizer.backend_tokenizer.enable_padding(length=9)
+    assert tokenizer_fingerprint(tokenizer) == before
+    tokenizer.chat_template = "other"
+    assert tokenizer_fingerprint(tokenizer) != before
