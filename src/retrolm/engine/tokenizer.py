@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from ..errors import UserError
@@ -24,3 +25,16 @@ def load_tokenizer(model: str) -> Any:
         raise UserError(
             f"Can't load the tokenizer of {model!r}: {reason} Give a folder, a Hugging Face id or a demo name."
         ) from None
+
+
+def splitting_rules(tokenizer: Any) -> str:
+    """What a fast tokenizer makes of texts, as JSON.
+
+    How it cuts and pads is left out: each call of a tokenizer with such an option changes that.
+    """
+    core = tokenizer.backend_tokenizer
+    if core.truncation is not None or core.padding is not None:
+        core = Tokenizer.from_str(core.to_str())
+        core.no_truncation()
+        core.no_padding()
+    return str(core.to_str())

@@ -7,9 +7,9 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from ...engine.prompts import prompt_format
+from ...engine.tokenizer import splitting_rules
 from ...errors import UserError
 from .sample import Span, TokenArray
 
@@ -78,14 +78,6 @@ class TextEncoder:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Return a sha256 of the tokenizer's rules and chat template; pools are tied to it.
-
-    How it cuts and pads is left out: each call of a tokenizer with such an option changes that.
-    """
-    core = tokenizer.backend_tokenizer
-    if core.truncation is not None or core.padding is not None:
-        core = Tokenizer.from_str(core.to_str())
-        core.no_truncation()
-        core.no_padding()
-    content = core.to_str() + str(getattr(tokenizer, "chat_template", None))
+    """Return a sha256 of the tokenizer's rules and chat template; pools are tied to it."""
+    content = splitting_rules(tokenizer) + str(getattr(tokenizer, "chat_template", None))
     return hashlib.sha256(content.encode()).hexdigest()
