@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kept_logits import KeptLogits
 from retrolm.config import RetroConfig
 from retrolm.engine.answering import Prompt
 from retrolm.engine.model import RetroLM
@@ -80,7 +81,7 @@ def test_the_captured_ring_does_what_generate_does(name: str) -> None:
         prompts = [Prompt((), tuple(random_ids(length, length).tolist()), (5,)) for length in lengths]
         found = []
         for decoding in ("fast", "plain"):
-            keep = _Keep()
+            keep = KeptLogits()
             options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "logits_processor": [keep]}
             answers = lm.answer(prompts, max_new_tokens=60, decoding=decoding, **options)
             found.append((answers, torch.stack(keep.steps)))
@@ -90,16 +91,3 @@ def test_the_captured_ring_does_what_generate_does(name: str) -> None:
         assert [one.attended_by_layer for one in fast] == [one.attended_by_layer for one in plain]
         assert (logits - expected).abs().max() < 1e-3
     lm.detach()
-
-
-class _Keep:
-    """Keeps the logits of each step."""
-
-    needs_ids = False
-
-    def __init__(self) -> None:
-        self.steps: list[Tensor] = []
-
-    def __call__(self, input_ids: Any, scores: Tensor) -> Tensor:
-        self.steps.append(scores.clone())
-        return scores

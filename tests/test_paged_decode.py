@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kept_logits import KeptLogits
 from retrolm.config import RetroConfig
 from retrolm.engine.answering import Prompt
 from retrolm.engine.model import RetroLM
@@ -30,24 +31,11 @@ COLUMNS: list[tuple[str, dict[str, Any]]] = [
 LENGTHS = (50, 9, 1, 37)
 
 
-class Keep:
-    """Keeps the logits of each step."""
-
-    needs_ids = False
-
-    def __init__(self) -> None:
-        self.steps: list[Tensor] = []
-
-    def __call__(self, input_ids: Any, scores: Tensor) -> Tensor:
-        self.steps.append(scores.clone())
-        return scores
-
-
 def ask(
     family: str, method: str, knobs: dict[str, Any], decoding: str, lengths: tuple[int, ...] = LENGTHS, **options: Any
 ) -> tuple[list[Answer], Tensor, list[float]]:
     """Answers, logits [steps, B, vocabulary] and exposure."""
-    config, keep, meter = RetroConfig(kv_budget=BUDGET, page_size=8), Keep(), ExposureMeter()
+    config, keep, meter = RetroConfig(kv_budget=BUDGET, page_size=8), KeptLogits(), ExposureMeter()
     knobs = {"page": 4, "num_dense_layers": 1, **knobs}
     lm = RetroLM(exact_model(family, seed=3), config=config, method=method, method_options=knobs)
     if isinstance(lm.method, Revises):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kept_logits import KeptLogits
 from retrolm.config import RetroConfig
 from retrolm.engine.answering import Prompt
 from retrolm.engine.model import RetroLM
@@ -19,19 +20,6 @@ METHODS: dict[str, dict[str, Any]] = {"streaming_llm": {"num_sink": 3}, "lm_infi
 LENGTHS = (50, 9, 20, 21, 22, 37, 6)  # longer and shorter than the budget, and at its edge
 
 
-class Keep:
-    """Keeps the logits of each step."""
-
-    needs_ids = False
-
-    def __init__(self) -> None:
-        self.steps: list[Tensor] = []
-
-    def __call__(self, input_ids: Any, scores: Tensor) -> Tensor:
-        self.steps.append(scores.clone())
-        return scores
-
-
 def engine(family: str, method: str) -> RetroLM:
     config = RetroConfig(kv_budget=BUDGET, page_size=4)
     return RetroLM(exact_model(family, seed=3), config=config, method=method, method_options=METHODS[method])
@@ -39,7 +27,7 @@ def engine(family: str, method: str) -> RetroLM:
 
 def ask(lm: RetroLM, decoding: str, lengths: tuple[int, ...], **options: Any) -> tuple[list[Answer], Tensor]:
     """Answers, and logits [steps, B, vocabulary]."""
-    keep = Keep()
+    keep = KeptLogits()
     rows = [random_ids(length, seed=length).tolist() for length in lengths]
     prompts = [Prompt((), tuple(ids[:-1]), tuple(ids[-1:])) for ids in rows]
     options = {"do_sample": False, "eos_token_id": None, "logits_processor": [keep], **options}

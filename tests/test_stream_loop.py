@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kept_logits import KeptLogits
 from retrolm.config import RetroConfig
 from retrolm.engine.answering import Prompt
 from retrolm.engine.model import RetroLM
@@ -27,22 +28,9 @@ NAMES = [
 ]
 
 
-class Keep:
-    """Keeps the logits of each step."""
-
-    needs_ids = False
-
-    def __init__(self) -> None:
-        self.steps: list[Tensor] = []
-
-    def __call__(self, input_ids: Any, scores: Tensor) -> Tensor:
-        self.steps.append(scores.clone())
-        return scores
-
-
 def ask(lm: RetroLM, decoding: str, lengths: tuple[int, ...], **options: Any) -> tuple[list[Answer], Tensor]:
     """Answers, and logits [steps, B, vocabulary]."""
-    keep = Keep()
+    keep = KeptLogits()
     rows = [random_ids(length, seed=length).tolist() for length in lengths]
     prompts = [Prompt((), tuple(ids[:-1]), tuple(ids[-1:])) for ids in rows]
     options = {"do_sample": False, "eos_token_id": None, "logits_processor": [keep], **options}

@@ -62,10 +62,7 @@ def stage1(
     recipe = load_recipe(config, parse_overrides(settings or ()))
     _check_stop(stop_after)
     trainer = _stage1_trainer(recipe, pool, out, data_root, trackers or ())
-    complete = _run(trainer, recipe.train.num_steps, resume, stop_after)
-    if trainer.accelerator.is_main_process:
-        report(trainer, complete, "Retriever", trainer.retriever_folder)
-    trainer.close()
+    _run(trainer, resume, stop_after, "Retriever", trainer.retriever_folder)
 
 
 @command.command("stage2")
@@ -87,13 +84,10 @@ def stage2(
     recipe = load_recipe(config, parse_overrides(settings or ()))
     _check_stop(stop_after)
     trainer = _stage2_trainer(recipe, data_root, out, trackers or ())
-    complete = _run(trainer, recipe.train.num_steps, resume, stop_after)
-    if trainer.accelerator.is_main_process:
-        what = "Adapter" if trainer.step_module.adapter is not None else "Model"
-        report(trainer, complete, what, trainer.artefact_folder)
-        if complete and trainer.retriever_folder is not None:
-            print(f"Retriever: {trainer.retriever_folder}")
-    trainer.close()
+    what = "Adapter" if trainer.step_module.adapter is not None else "Model"
+    complete = _run(trainer, resume, stop_after, what, trainer.artefact_folder)
+    if complete and trainer.accelerator.is_main_process and trainer.retriever_folder is not None:
+        print(f"Retriever: {trainer.retriever_folder}")
 
 
 @command.command("landmark")
@@ -115,10 +109,7 @@ def landmark(
     recipe = load_recipe(config, parse_overrides(settings or ()))
     _check_stop(stop_after)
     trainer = _landmark_trainer(recipe, data_root, out, trackers or ())
-    complete = _run(trainer, recipe.train.num_steps, resume, stop_after)
-    if trainer.accelerator.is_main_process:
-        report(trainer, complete, "Landmarks", trainer.artefact_folder)
-    trainer.close()
+    _run(trainer, resume, stop_after, "Landmarks", trainer.artefact_folder)
 
 
 command.command("speed")(speed)
@@ -131,9 +122,14 @@ def _check_stop(stop_after: float | None) -> None:
         raise UserError(f"--stop-after must be a positive number of seconds, got {stop_after}.")
 
 
-def _run(trainer: Any, num_steps: int, resume: bool, stop_after: float | None) -> bool:
-    with training_progress(num_steps, trainer.accelerator.is_main_process) as trainer.on_row:
+def _run(trainer: Any, resume: bool, stop_after: float | None, what: str, folder: Path) -> bool:
+    """Train, and say what was written where; returns whether all steps are done."""
+    is_main = trainer.accelerator.is_main_process
+    with training_progress(trainer.recipe.train.num_steps, is_main) as trainer.on_row:
         complete: bool = trainer.run(resume, stop_after)
+    if is_main:
+        report(trainer, complete, what, folder)
+    trainer.close()
     return complete
 
 

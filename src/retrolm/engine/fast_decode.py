@@ -281,13 +281,18 @@ class Runner:
         return self._logits
 
 
+def has_fused_step(backbone: Backbone) -> bool:
+    """Whether a step may run fused layers: the model has them, and no adapter is at work on it."""
+    return fused_obstacle(backbone) is None and not adapter_hooks(backbone.model)
+
+
 def compact_runner(
     backbone: Backbone, batch: int, places: int, positions: int = 0, fused: bool | None = None
 ) -> Runner:
     """Over a `CompactCache`; `fused` layers wherever the model has them, unless said otherwise."""
     cache, positions = CompactCache(backbone, batch, places), max(places, positions)
     if fused is None:
-        fused = fused_obstacle(backbone) is None and not adapter_hooks(backbone.model)
+        fused = has_fused_step(backbone)
     step: Step = FusedStep(backbone, cache, positions) if fused else StockStep(backbone, cache)
     return Runner(backbone, cache, StaticProgram(backbone, cache), step, positions)
 

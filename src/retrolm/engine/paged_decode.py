@@ -6,12 +6,10 @@ from dataclasses import dataclass
 
 from ..methods.retro_exposure import Revises
 from ..methods.token_pages import PagedTokenMethod
-from .adapter import adapter_hooks
 from .backbone import Backbone
-from .decode_step import fused_obstacle
 from .fast_decode import Runner
 from .paged_cache import PagedCache
-from .paged_step import FusedPagedStep, PagedProgram, PagedStep
+from .paged_step import PagedProgram, paged_step
 
 
 @dataclass(frozen=True)
@@ -30,9 +28,7 @@ class PagedRunners:
         """See `DecodeRequest.runners`."""
         cache = PagedCache(backbone, self.method, batch, places)
         program = PagedProgram(cache, self.kv_budget)
-        plain = fused_obstacle(backbone) is None and not adapter_hooks(backbone.model)
-        step = (FusedPagedStep if plain and self.fused else PagedStep)(backbone, cache, program)
-        return Runner(backbone, cache, program, step)
+        return Runner(backbone, cache, program, paged_step(backbone, cache, program, self.fused))
 
 
 def note_exposure(cache: PagedCache) -> None:

@@ -17,7 +17,7 @@ from ..ops.rotary import rotate
 from .attachment import Program
 from .backbone import Backbone
 from .decode_step import mlp, norm, project_heads
-from .fast_decode import StaticCache
+from .fast_decode import StaticCache, has_fused_step
 from .paged_cache import PagedCache, PagedLayer
 
 
@@ -177,3 +177,8 @@ class FusedPagedStep(PagedStep):
         q, k, v = (x.unflatten(0, (-1, Q)).transpose(1, 2) for x in (q, k, v))
         out_BQHD = self._program.attend(layer, rotate(q, *turn), rotate(k, *turn), v, D**-0.5, None)
         return project(out_BQHD.flatten(0, 1).flatten(1), [attention.o_proj.weight], [attention.o_proj.bias], x_NE)
+
+
+def paged_step(backbone: Backbone, cache: StepCache, program: StepProgram, fused: bool) -> PagedStep:
+    """The step over a cache; with `fused`, of fused layers where `has_fused_step`."""
+    return (FusedPagedStep if fused and has_fused_step(backbone) else PagedStep)(backbone, cache, program)

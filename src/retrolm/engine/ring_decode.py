@@ -11,11 +11,9 @@ from torch import Tensor
 from ..methods.first_and_recent import FirstAndRecent
 from ..ops.paged_attention import PagesToRead, attend_pages
 from ..ops.rotary import rotate
-from .adapter import adapter_hooks
 from .backbone import Backbone
-from .decode_step import fused_obstacle
 from .fast_decode import Runner
-from .paged_step import FusedPagedStep, PagedStep
+from .paged_step import paged_step
 from .ring_cache import RingCache
 from .rope_table import RopeTable
 
@@ -79,6 +77,4 @@ class RingRunners:
         """See `DecodeRequest.runners`."""
         cache = RingCache(backbone, self.method, self.kv_budget, batch, places)
         program = RingProgram(backbone, cache)
-        plain = fused_obstacle(backbone) is None and not adapter_hooks(backbone.model)
-        step = (FusedPagedStep if plain and self.fused else PagedStep)(backbone, cache, program)
-        return Runner(backbone, cache, program, step)
+        return Runner(backbone, cache, program, paged_step(backbone, cache, program, self.fused))
