@@ -16,13 +16,17 @@ STORY = (
 )
 
 
-@cache
 def tiny_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of 600 tokens, with or without a chat template."""
+    """Return a tokenizer of 600 tokens, with or without a chat template; each call's is its caller's to change."""
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(_rules()), chat_template=CHAT if chat else None)
+
+
+@cache
+def _rules() -> str:
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
     core.train_from_iterator([STORY], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=CHAT if chat else None)
+    return str(core.to_str())

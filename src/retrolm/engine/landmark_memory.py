@@ -110,7 +110,8 @@ class ChunkAttention:
         num_past, last = self.memory.num_past, self.split.block - 1
         slots = scoring_slots(num_past, self.num_slots, q_HQD.device)
         landmarks_KPD = self._placed(self.memory.keys_KPWD[:, :, last], slots * self.split.block + last)
-        return self.method.choose(self._logits(q_HQD, landmarks_KPD), self.num_slots)
+        # In float32: in the first layer, landmarks in one slot are equal, and a float64 product may round them apart.
+        return self.method.choose(self._logits(q_HQD, landmarks_KPD).float(), self.num_slots)
 
     def _queries_at_once(self, q_HQD: Tensor, chosen_HCk: Tensor) -> int:
         H, Q, D = q_HQD.shape
