@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache
 
 from ..ops.attention import attend, bias_from
 from .backbone import Backbone
+from .growing_cache import growing_cache
 from .prefill import QueryCapture
 
 
@@ -54,7 +55,7 @@ class DecodeProgram:
         return bias_from(allowed, q.dtype)
 
 
-def build_cache(captures: list[QueryCapture], room: int) -> tuple[DynamicCache, Tensor, Tensor]:
+def build_cache(captures: list[QueryCapture], room: int) -> tuple[Cache, Tensor, Tensor]:
     """Build the cache for B query pages, without each page's last token (generation feeds that one first).
 
     Args:
@@ -67,7 +68,7 @@ def build_cache(captures: list[QueryCapture], room: int) -> tuple[DynamicCache, 
     num_layers = len(captures[0].keys)
     ends = [capture.end for capture in captures]
     starts = torch.zeros(num_layers, len(captures), dtype=torch.int64)
-    cache = DynamicCache()
+    cache = growing_cache()
     for layer in range(num_layers):
         like = captures[0].keys[layer]
         keys = like.new_zeros(len(captures), room, *like.shape[1:])

@@ -6,10 +6,11 @@ from typing import Any, cast
 
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer
+
+from .growing_cache import GrowingLayer
 
 
-class KeptLayer(DynamicLayer):
+class KeptLayer(GrowingLayer):
     """Keys and values of one layer. The prompt passes through; what stays of it is handed in with `keep`.
 
     To transformers its length is the number of tokens that passed, so that positions go on where the prompt ended.
