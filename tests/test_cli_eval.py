@@ -11,7 +11,7 @@ import pytest
 from cli_runner import run_cli
 from own_process import printed, start
 from retrolm import RetroLM
-from retrolm.evaluation.journal import read_lines
+from retrolm.evaluation.journal import Journal, read_lines
 from retrolm.evaluation.retrieval.scores import page_indexes
 from retrolm.retriever import PageRetriever, RetrieverCard
 from tiny_folder import save_tiny_model
@@ -59,6 +59,7 @@ def test_samples_can_be_made_beforehand(model: Path, tmp_path: Path) -> None:
         (["--task", "ruler/vt", "--out", "x"], ["ask for one in tokens"]),
         (["--task", "ruler/vt", "--out", "x", "--kv-budget", "8192"], ["exceeds the model's window"]),
         (["--task", "ruler/vt", "--out", "x", "--task-option", "essay=a"], ["task option 'essay'"]),
+        (["--task", "ruler/vt", "--out", "x", "--lengths", "9" * 12], ["from 1 to", "9" * 12]),
         (["--task", "ruler/qa_1", "--out", "x", "--lengths", "512"], ["needs a data folder"]),
         (["--task", "ruler/vt", "--out", "x", "--shards", "2"], ["--shards needs --ray"]),
         (["--task", "ruler/vt", "--out", "x", "--lengths", "1000", "--retriever", "nix"], ["No page retriever 'nix'"]),
@@ -70,6 +71,32 @@ def test_what_cannot_be_run_is_refused(model: Path, tmp_path: Path, words: list[
     assert outcome.code == 2 and outcome.out == "" and "Traceback" not in outcome.err
     assert all(part in outcome.err.splitlines()[-1] for part in parts), outcome.err
     assert not (tmp_path / "samples.jsonl").exists() or (tmp_path / "samples.jsonl").read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ("", ["holds no rows"]),
+        ('{"context": "x"}\n', ["row 1", "has no", "answers"]),
+        ("[1]\n", ["row 1", "isn't a JSON object"]),
+        ("{", ["line 1", "isn't JSON"]),
+    ],
+)
+def test_broken_data_sets_are_refused(model: Path, tmp_path: Path, content: str, parts: list[str]) -> None:
+    (tmp_path / "qasper.jsonl").write_text(content, encoding="utf-8")
+    words = evaluate(model, "--task", "longbench/qasper", "--data-dir", tmp_path, "--out", tmp_path / "rows")
+    run_cli(*words).refused_in_one_line("qasper.jsonl", *parts)
+
+
+def test_a_folder_that_takes_no_rows_is_refused_before_samples_are_made(model: Path, tmp_path: Path) -> None:
+    words = evaluate(model, "--task", "ruler/vt", "--lengths", "1000", "--method", "recency")
+    (tmp_path / "file").touch()
+    run_cli(*words, "--out", tmp_path / "file").refused_in_one_line("file")
+    (tmp_path / "samples.jsonl").write_text('{"a": 1}\n', encoding="utf-8")
+    run_cli(*words, "--out", tmp_path).refused_in_one_line("line 1", "has no key")
+    (tmp_path / "samples.jsonl").unlink()
+    with Journal(tmp_path / "samples.jsonl"):
+        run_cli(*words, "--out", tmp_path).refused_in_one_line("in use by another run")
 
 
 def test_page_recall_is_measured_once_and_drawn(model: Path, tmp_path: Path) -> None:
@@ -163,6 +190,30 @@ def test_unreadable_predictions_are_refused(tmp_path: Path) -> None:
     run_cli("eval", "score", path, *task).refused_in_one_line("row 1", "answers")
     path.write_text("", encoding="utf-8")
     run_cli("eval", "score", path, *task).refused_in_one_line("holds no rows")
+    path.write_text("3\n", encoding="utf-8")
+    run_cli("eval", "score", path, *task).refused_in_one_line("row 1", "isn't a JSON object")
+    for answers in ([], None, [None]):
+        path.write_text(json.dumps({"pred": "x", "answers": answers}) + "\n", encoding="utf-8")
+        run_cli("eval", "score", path, *task).refused_in_one_line("row 1", "no answer")
+    path.write_text('{"pred": "x", "answers": ["a"]}\n', encoding="utf-8")
+    run_cli("eval", "score", path, "--task", "infinitebench/math_find").refused_in_one_line("a number", "'a'")
+    path.with_suffix(".jsonl.gz").write_bytes(b"not packed")
+    run_cli("eval", "score", path.with_suffix(".jsonl.gz"), *task).refused_in_one_line("can't be read")
+
+
+def test_no_answer_is_no_answer(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.jsonl"
+    path.write_text('{"pred": null, "answers": ["none"]}\n', encoding="utf-8")
+    assert run_cli("eval", "score", path, "--task", "longbench/qasper", "--json").json["score"] == 0
+
+
+def test_rows_of_several_methods_have_no_one_score(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    rows = [{"config_hash": name, "prediction": "1", "answers": ["1"], "sample_id": "0"} for name in ("a", "b", "a")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    run_cli("eval", "score", path, "--task", "ruler/vt").refused_in_one_line("several", "retrolm report")
+    path.write_text(json.dumps(rows[0]) + "\n", encoding="utf-8")
+    assert run_cli("eval", "score", path, "--task", "ruler/vt", "--json").json["score"] == 1
 
 
 def test_a_fresh_process_knows_the_rag_methods() -> None:

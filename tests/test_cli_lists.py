@@ -34,8 +34,9 @@ def test_methods_lists_all_with_their_papers() -> None:
     found = run_cli("methods", "--json").json
     assert [entry["name"] for entry in found] == list(METHODS)
     assert all(entry["paper"].startswith("https://") and entry["summary"] for entry in found)
-    shown = run_cli("methods").out
-    assert all(name in shown for name in METHODS)
+    shown = run_cli("methods").out.splitlines()
+    assert [line.split(" · ")[0] for line in shown if line[0] != " "] == list(METHODS)
+    assert all(f"  {entry['paper']}" in shown for entry in found), "addresses stand whole on their lines"
 
 
 def test_doctor_finds_this_installation_healthy() -> None:

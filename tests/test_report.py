@@ -27,7 +27,7 @@ from retrolm.evaluation.report.table import BEYOND, MISSING
 from retrolm.evaluation.report.tables import overview_table, score_tables
 from retrolm.evaluation.report.write import write_report
 from retrolm.evaluation.runner import SAMPLES_FILE
-from retrolm.evaluation.statistics import average_interval, paired_average, paired_difference, score_interval
+from retrolm.evaluation.statistics import PairedDifference, average_interval, paired_average, score_interval
 from retrolm.evaluation.tasks import GROUPS
 
 NEEDLES = GROUPS["ruler-needles"]
@@ -258,7 +258,28 @@ def test_the_command_lists_its_files_and_refuses_empty_folders(run: Path, tmp_pa
     run_cli("report", tmp_path / "nothing", "--out", tmp_path).refused_in_one_line("holds neither")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("samples.jsonl", b"", ["no rows", "retrolm eval"]),
+        ("samples.jsonl", b'{"a": 1}\n', ["line 1", "key", "score"]),
+        ("samples.jsonl", b"\xff\xfe\n", ["line 1", "isn't JSON"]),
+        ("samples.jsonl.gz", b"not packed\n", ["can't be unpacked"]),
+        ("samples.jsonl.gz", gzip.compress(json.dumps(list(range(999))).encode())[:40], ["can't be unpacked"]),
+    ],
+)
+def test_broken_files_of_rows_are_refused_in_one_line(
+    tmp_path: Path, name: str, content: bytes, parts: list[str]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    run_cli("report", tmp_path, "--out", tmp_path / "out").refused_in_one_line(*parts)
+
+
 # --- statistics ----------------------------------------------------------------------------------------------------
+
+
+def paired(ours: list[float], theirs: list[float]) -> PairedDifference:
+    return paired_average([(ours, theirs)])
 
 
 @given(st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=60))
@@ -284,16 +305,37 @@ def test_bootstrap_intervals_hold_the_mean(scores: list[float]) -> None:
 def test_paired_difference_sees_what_unpaired_would_not() -> None:
     rng = np.random.default_rng(0)
     theirs = rng.random(60)
-    found = paired_difference(list(theirs + 0.05), list(theirs))
+    found = paired(list(theirs + 0.05), list(theirs))
     assert found.difference == pytest.approx(0.05) and found.low > 0 and found.p_value < 0.001
-    same = paired_difference([0.5] * 9, [0.5] * 9)
+    same = paired([0.5] * 9, [0.5] * 9)
     assert (same.difference, same.p_value, same.test) == (0, 1.0, "sign flips")
+
+
+@given(st.floats(0, 1), st.integers(1, 30))
+def test_equal_scores_still_leave_room_for_others(score: float, count: int) -> None:
+    low, high = score_interval([score] * count)
+    assert 0 <= low <= score + 1e-9 and score - 1e-9 <= high <= 1 and high - low > 0.1
+
+
+def test_one_question_says_nothing_of_the_next() -> None:
+    alone = paired([1.0], [0.25])
+    assert (alone.difference, alone.low, alone.high) == (0.75, -1.0, 1.0)
+
+
+def test_tasks_of_one_question_each_are_resampled_together() -> None:
+    gaps = [1.0, 1.0, -1.0, 1.0, -1.0, 0.0, 1.0, 0.5]
+    found = paired_average([([max(gap, 0.0)], [max(-gap, 0.0)]) for gap in gaps])
+    pooled = paired([max(gap, 0.0) for gap in gaps], [max(-gap, 0.0) for gap in gaps])
+    assert found.difference == pytest.approx(np.mean(gaps))
+    assert (found.low, found.high) == pytest.approx((pooled.low, pooled.high)) and found.low < -0.1
+    mixed = paired_average([([1.0], [0.0]), ([1.0, 0.0] * 20, [0.0, 0.0] * 20)])
+    assert mixed.difference == pytest.approx(0.75) and mixed.low < 0.5
 
 
 def test_mcnemar_is_exact() -> None:
     """Of 14 questions that differ 12 are better: 2 * (1 + 14 + 91) / 2^14."""
     ours, theirs = [1.0] * 12 + [0.0] * 2 + [1.0] * 9, [0.0] * 12 + [1.0] * 2 + [1.0] * 9
-    found = paired_difference(ours, theirs)
+    found = paired(ours, theirs)
     assert found.test == "McNemar" and found.p_value == pytest.approx(2 * (1 + 14 + 91) / 2**14)
     assert found.difference == pytest.approx(10 / 23) and found.low < 10 / 23 < found.high
 
@@ -303,8 +345,8 @@ def test_mcnemar_is_exact() -> None:
 def test_sign_flips_agree_with_the_exact_test(gaps: list[float]) -> None:
     """On scores of 0 and 1, moved off them by a constant, the permutation test is McNemar's up to its draws."""
     theirs = [0.5 - gap / 2 for gap in gaps]
-    exact = paired_difference([max(gap, 0.0) for gap in gaps], [max(-gap, 0.0) for gap in gaps])
-    drawn = paired_difference([score + gap for score, gap in zip(theirs, gaps, strict=True)], [*theirs])
+    exact = paired([max(gap, 0.0) for gap in gaps], [max(-gap, 0.0) for gap in gaps])
+    drawn = paired([score + gap for score, gap in zip(theirs, gaps, strict=True)], [*theirs])
     assert exact.test == "McNemar"
     assert drawn.p_value == pytest.approx(exact.p_value, abs=0.02)
 
@@ -318,7 +360,7 @@ def test_tasks_weigh_the_same_in_an_average_whatever_their_size() -> None:
 @given(st.integers(0, 1000))
 def test_equal_methods_are_rarely_told_apart(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    p_values = [paired_difference(list(rng.random(30)), list(rng.random(30))).p_value for _ in range(8)]
+    p_values = [paired(list(rng.random(30)), list(rng.random(30))).p_value for _ in range(8)]
     assert min(p_values) > 1e-4 and max(p_values) > 0.1
 
 

@@ -82,19 +82,20 @@ def evaluate(
         sets.make(bare_tokenizer(backbone.model))
         return 0
     from ..evaluation.adapters import with_adapters
-    from ..evaluation.runner import Runner
+    from ..evaluation.runner import Runner, check_folder
     from ..evaluation.variants import variants_of
     from .eval_events import EvalScreen, cell_line
 
     known_methods()
     variants = with_adapters(variants_of(method, kv_budget, backbone.retriever), adapter)
+    assert out is not None
+    check_folder(out)
     options = AnswererOptions(engine, backbone.label, keep_pages, knobs)
     with open_answerer(options, ray, shards) as answerer:
         for variant in variants:
             answerer.facts(variant)  # what can't be opened is refused before any work is done
         made = sets.make(bare_tokenizer(backbone.model))
         with EvalScreen(len(made) * len(variants)) as events:
-            assert out is not None
             runner = Runner(
                 answerer, out, seed=sets.seed, batch_size=batch_size, retry_failed=retry_failed, events=events
             )

@@ -16,6 +16,7 @@ from .screen import note
 if TYPE_CHECKING:
     from ..evaluation.runner import DataOptions, SampleSet
 
+MAX_LENGTH = 100_000_000  # tokens; a longer prompt is a slip of the hand, and would be made for hours before anyone saw
 SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
 SetOption = Annotated[
     list[str],
@@ -110,8 +111,10 @@ def parse_lengths(text: str) -> list[int | None]:
     found: list[int | None] = []
     for part in text.replace("_", "").split(","):
         word = part.strip()
-        if word != "natural" and not (word.isdecimal() and int(word) > 0):
-            raise UserError(f"--lengths must be whole numbers parted by commas, or natural, got {part!r}.")
+        if word != "natural" and not (word.isdecimal() and 0 < int(word) <= MAX_LENGTH):
+            raise UserError(
+                f"--lengths must be whole numbers from 1 to {MAX_LENGTH} parted by commas, or natural, got {part!r}."
+            )
         found.append(None if word == "natural" else int(word))
     return found
 

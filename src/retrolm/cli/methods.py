@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from rich.padding import Padding
+from rich.text import Text
+
 from .known_methods import known_methods
 from .options import JsonFlag
-from .screen import print_json, show_table
+from .screen import OUT, print_json
+
+_LINES = ("summary", "budget_split", "keeps", "paper")
+_LABELS = {"budget_split": "budget: ", "keeps": "keeps: "}
 
 
 def command(as_json: JsonFlag = False) -> None:
@@ -14,5 +20,7 @@ def command(as_json: JsonFlag = False) -> None:
     if as_json:
         print_json(found)
         return
-    keys = ("name", "kind", "prefill", "budget_split", "keeps", "paper")
-    show_table(("method", "kind", "prefill", "budget", "keeps", "paper"), [[m[key] for key in keys] for m in found])
+    for entry in found:
+        OUT.print(Text.assemble((entry["name"], "bold"), f" · {entry['kind']} · {entry['prefill']} prefill"))
+        for key in _LINES:
+            OUT.print(Padding(Text(_LABELS.get(key, "") + entry[key]), (0, 0, 0, 2), expand=False))

@@ -40,14 +40,15 @@ def command(
 
     Exits with 1 if a sample broke (it is recorded and scored 0).
     """
-    from ..evaluation.reproduce import load_preset, prepare, run_tables
-    from ..evaluation.runner import DataOptions
+    from ..evaluation.reproduce import ROWS, load_preset, prepare, run_tables
+    from ..evaluation.runner import DataOptions, check_folder
     from .eval_events import EvalScreen
 
     known_methods()
     plan = load_preset(preset)
     plan = dataclasses.replace(plan, model=model or plan.model)
     plan = plan if samples is None else plan.with_samples(samples)
+    check_folder(out / ROWS)
     fetch_if_missing(plan.model)
     backbone = BackboneOptions(model=plan.model, page_size=plan.page_size, dtype=dtype)
     engine = backbone.engine(kv_budget=plan.largest_budget, chunk_pages=plan.chunk_pages)

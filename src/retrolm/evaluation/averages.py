@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from ..errors import UserError, unknown
-from .tasks.groups import GROUPS
+from ..errors import UserError
 
 
 def mean(values: Iterable[float]) -> float:
@@ -29,18 +28,13 @@ def by_bucket(scores: Sequence[float], buckets: Sequence[str]) -> dict[str, floa
     }
 
 
-def group_average(scores: Mapping[str, float], group: str) -> float:
-    """Mean over the tasks of a group, each counted once whatever its number of samples (the paper's "Average").
+def average(scores: Mapping[str, float], tasks: Sequence[str]) -> float | None:
+    """Mean over tasks, each counted once whatever its number of samples (the paper's "Average").
 
     Args:
-        scores: score by full task name; tasks outside the group are ignored.
-        group: name in `tasks.GROUPS`.
+        scores: score by full task name; other tasks are ignored.
 
-    Raises `UserError` if a task of the group has no score: an average over fewer tasks is not comparable.
+    Returns:
+        None if one of the tasks has no score: an average over fewer is not comparable.
     """
-    if group not in GROUPS:
-        raise unknown("group", group, GROUPS)
-    missing = [name for name in GROUPS[group] if name not in scores]
-    if missing:
-        raise UserError(f"The average of {group!r} needs all its tasks; no score for {', '.join(missing)}.")
-    return mean(scores[name] for name in GROUPS[group])
+    return mean(scores[name] for name in tasks) if all(name in scores for name in tasks) else None

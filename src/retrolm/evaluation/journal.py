@@ -6,7 +6,8 @@ import fcntl
 import gzip
 import json
 import os
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,7 +21,7 @@ class Journal:
     Opening repairs a last line that was torn by a kill. Only one process may hold a journal.
 
     Raises:
-        UserError: another process holds it, or a line that isn't the last one isn't JSON.
+        UserError: another process holds it, or it holds a line (the last one aside) that is no row.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,7 +36,7 @@ class Journal:
                 f"{path} is in use by another run. Wait for it, or give another folder with --out."
             ) from None
         _cut_torn_line(self._file.fileno(), path)
-        self.rows = {row["key"]: row for row in read_lines(path)}
+        self.rows = {row["key"]: row for row in read_lines(path, needs=("key",))}
 
     def append(self, row: dict[str, Any]) -> None:
         """Add one row; it is on the disk when this returns."""
@@ -54,25 +55,32 @@ class Journal:
         self._file.close()
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_lines(path: Path, needs: Collection[str] = ()) -> Iterator[dict[str, Any]]:
     """Yield the rows of a JSON lines file (`.gz` too); a last line without its end is left out.
 
-    Raises `UserError` that names a line that isn't a JSON object.
+    Raises `UserError` for a file that can't be unpacked, and one that names a line that isn't a JSON object with all
+    keys of `needs`.
     """
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                return
-            yield _parsed(line, path, number)
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    return
+                yield _parsed(line, path, number, needs)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path} can't be unpacked ({error}). Get the file again.") from None
 
 
-def _parsed(line: bytes, path: Path, number: int) -> dict[str, Any]:
+def _parsed(line: bytes, path: Path, number: int, needs: Collection[str]) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except ValueError as error:
         raise UserError(f"{path}, line {number}, isn't JSON ({error}). Remove the line, then run again.") from None
     if not isinstance(row, dict):
         raise UserError(f"{path}, line {number}, isn't a JSON object. Remove the line, then run again.")
+    missing = [key for key in needs if key not in row]
+    if missing:
+        raise UserError(f"{path}, line {number}, has no {', '.join(missing)}. Remove the line, then run again.")
     return row
 
 

@@ -24,11 +24,14 @@ def score_predictions(path: Path, task: Task) -> dict[str, Any]:
         {"task", "metric", "score", "score_ci", "num_samples", "scores": {sample id: score}}; scores between 0 and 1.
 
     Raises:
-        UserError: no rows, or a row without prediction or answers, with its number.
+        UserError: no rows, our own rows of several cells, or a row without prediction or answers, with its number.
     """
-    samples = [_read(row, number, path, task) for number, row in enumerate(iter_rows(path), 1)]
-    if not samples:
+    rows = list(iter_rows(path))
+    if not rows:
         raise UserError(f"{path} holds no rows. Give a .jsonl file of predictions.")
+    if len({row.get("config_hash") for row in rows}) > 1:
+        raise UserError(f"{path} holds rows of several tasks, lengths or methods. `retrolm report` shows them apart.")
+    samples = [_read(row, number, path, task) for number, row in enumerate(rows, 1)]
     scores = [task.score(prediction, sample) for prediction, sample in samples]
     return {
         "task": task.name,
@@ -43,10 +46,13 @@ def score_predictions(path: Path, task: Task) -> dict[str, Any]:
 def _read(row: dict[str, Any], number: int, path: Path, task: Task) -> tuple[str, EvalSample]:
     answers = _value(row, ANSWER_KEYS, number, path)
     found = answers if isinstance(answers, list) else [answers]
+    if not found or None in found:
+        raise UserError(f"{path}, row {number}, has no answer to score by. Add it, or remove the row.")
     extra = {"all_classes": row.get("all_classes") or []}
     sample_id = next((str(row[key]) for key in ID_KEYS if key in row), str(number))
     sample = EvalSample(sample_id, task.name, None, "", "", [str(a) for a in found], task.max_new_tokens, extra=extra)
-    return str(_value(row, PREDICTION_KEYS, number, path)), sample
+    prediction = _value(row, PREDICTION_KEYS, number, path)
+    return "" if prediction is None else str(prediction), sample
 
 
 def _value(row: dict[str, Any], keys: Sequence[str], number: int, path: Path) -> Any:

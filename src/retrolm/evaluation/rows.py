@@ -17,6 +17,19 @@ FORMAT = 1
 LABELS = ("bucket", "difficulty", "length_class", "domain")
 _IDENTITY = ("task", "length", "model", "dtype", "retriever", "adapter", "method", "prefill", "kv_budget", "seed")
 _PROVENANCE = ("commit", "versions", "hardware", "command")
+# What every sample row has, broken ones too.
+ROW_KEYS = (
+    "key",
+    "config_hash",
+    "sample_id",
+    *_IDENTITY,
+    "metric",
+    "labels",
+    "score",
+    "failed",
+    "total_s",
+    "batch_size",
+)
 
 
 def cell_identity(task: Task, length: int | None, seed: int, facts: dict[str, Any]) -> dict[str, Any]:

@@ -79,6 +79,12 @@ def tasks_with(names: Sequence[str], options: dict[str, Any]) -> list[Task]:
     return [task.with_options({key: options[key] for key in options if key in task.options}) for task in tasks]
 
 
+def check_folder(out: Path) -> None:
+    """Raise what `Runner.run` would raise for its folder, before any work is done."""
+    with Journal(out / SAMPLES_FILE):
+        pass
+
+
 class Runner:
     """Runs variants over sample sets into a folder; only this process writes there, wherever samples are answered.
 

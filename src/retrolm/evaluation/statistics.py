@@ -19,7 +19,8 @@ class PairedDifference:
     """Mean of (ours - theirs) over shared questions, each task of the same weight.
 
     Attributes:
-        low, high: 95% interval (bootstrap over the questions of each task).
+        low, high: 95% interval (bootstrap over the questions of each task; over all questions together where a task
+            has only one, which tells nothing of how far others would lie from it).
         p_value: two-sided, of `test`: "McNemar" (exact; all scores 0 or 1, one task or tasks of equal size) or
             "sign flips" (permutation).
     """
@@ -33,27 +34,38 @@ class PairedDifference:
 
 
 def score_interval(scores: Sequence[float]) -> tuple[float, float]:
-    """95% interval of the mean: Wilson's where every score is 0 or 1, else percentile bootstrap (fixed seed)."""
-    if all(score in (0.0, 1.0) for score in scores):
-        return _wilson(int(sum(scores)), len(scores))
+    """95% interval of the mean: percentile bootstrap (fixed seed), or Wilson's where every score is 0 or 1.
+
+    Wilson's holds for all scores between 0 and 1, so it also stands in where equal ones leave nothing to resample.
+    """
+    if len(set(scores)) == 1 or all(score in (0.0, 1.0) for score in scores):
+        return _wilson(sum(scores), len(scores))
     means = _resampled_means(np.asarray(scores, dtype=float), np.random.default_rng(_SEED))
     return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
-
-
-def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> PairedDifference:
-    """Compare two methods on the same questions, given in the same order."""
-    return paired_average([(ours, theirs)])
 
 
 def paired_average(tasks: Sequence[tuple[Sequence[float], Sequence[float]]]) -> PairedDifference:
     """Compare two methods on the average over tasks, from (ours, theirs) of each task's shared questions."""
     gaps = [np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float) for ours, theirs in tasks]
     rng = np.random.default_rng(_SEED)
-    means = np.mean([_resampled_means(gap, rng) for gap in gaps], axis=0)
-    low, high = np.quantile(means, (0.025, 0.975))
+    low, high = _bootstrap_interval(gaps, rng)
     p_value, test = _paired_test(tasks, gaps, rng)
     difference = float(np.mean([gap.mean() for gap in gaps]))
-    return PairedDifference(difference, float(low), float(high), p_value, test, sum(map(len, gaps)))
+    return PairedDifference(difference, low, high, p_value, test, sum(map(len, gaps)))
+
+
+def _bootstrap_interval(gaps: list[np.ndarray], rng: np.random.Generator) -> tuple[float, float]:
+    """95% interval of the mean over tasks; from -1 to 1 where there is only one question in all."""
+    count = sum(map(len, gaps))
+    if count == 1:
+        return -1.0, 1.0
+    if min(map(len, gaps)) == 1:
+        weighted = np.concatenate([gap * (count / (len(gap) * len(gaps))) for gap in gaps])
+        means = _resampled_means(weighted, rng).clip(-1, 1)
+    else:
+        means = np.mean([_resampled_means(gap, rng) for gap in gaps], axis=0)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
 
 
 def _paired_test(
@@ -89,7 +101,7 @@ def average_interval(scores: Sequence[float], intervals: Sequence[Sequence[float
     return mean - low / count, mean + high / count
 
 
-def _wilson(hits: int, count: int) -> tuple[float, float]:
+def _wilson(hits: float, count: int) -> tuple[float, float]:
     share, z2 = hits / count, _Z95**2
     middle = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = _Z95 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))

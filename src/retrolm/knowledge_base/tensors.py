@@ -13,7 +13,6 @@ from ..store import PageLayout
 from .shard import RecordShape
 
 NAME_OF = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}
-DTYPE_OF = {name: dtype for dtype, name in NAME_OF.items()}
 
 
 def to_array(x: Tensor) -> tuple[str, NDArray[Any]]:

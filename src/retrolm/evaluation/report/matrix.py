@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..averages import mean
+from ..averages import average
 from .costs import cells_at, memory_kind, memory_name
 from .results import Column, Results
 from .table import BEYOND, BEYOND_NOTE, MISSING, Table, budget, label, length_name
@@ -65,11 +65,12 @@ def _lengths(results: Results, tasks: Sequence[str]) -> list[int | None]:
 
 
 def _score(results: Results, column: Column, tasks: Sequence[str], length: int | None) -> str:
-    cells = [cell for task in tasks if (cell := results.cell(column, task, length)) is not None]
-    if len(cells) < len(tasks):
+    cells = results.by_task(column, tasks, length)
+    score = average({task: cell["score"] for task, cell in cells.items()}, tasks)
+    if score is None:
         return MISSING
-    mark = BEYOND if any(cell["beyond_window"] for cell in cells) else ""
-    return f"{100 * mean(cell['score'] for cell in cells):.1f}{mark}"
+    mark = BEYOND if any(cell["beyond_window"] for cell in cells.values()) else ""
+    return f"{100 * score:.1f}{mark}"
 
 
 def _costs(costs: Results, column: Column, length: int | None) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from ...errors import UserError
 from ..journal import read_lines
 from ..retrieval.run import RECALL_FILE
-from ..rows import cells_of
+from ..rows import ROW_KEYS, cells_of
 from ..runner import SAMPLES_FILE
 from ..tasks import GROUPS
 from ..variants import UNTRAINED
@@ -93,6 +93,10 @@ class Results:
         """The cell of a column, task and length."""
         return self._cells_by_place.get((column, task, length))
 
+    def by_task(self, column: Column, tasks: Iterable[str], length: int | None) -> dict[str, dict[str, Any]]:
+        """Those of the tasks' cells that a column has at a length."""
+        return {task: cell for task in tasks if (cell := self.cell(column, task, length)) is not None}
+
     def scores(self, cell: dict[str, Any]) -> dict[str, float]:
         """Sample scores of a cell by sample id."""
         return self._scores_by_cell[cell["config_hash"]]
@@ -136,7 +140,7 @@ def load_results(folders: Sequence[Path], groups: Mapping[str, tuple[str, ...]] 
     Args:
         groups: tasks to average over by name, beside those of `tasks.GROUPS`.
 
-    Raises `UserError` for a folder without rows.
+    Raises `UserError` for a folder without rows, and for a line that is no row.
     """
     samples: dict[str, dict[str, Any]] = {}
     recall: list[dict[str, Any]] = []
@@ -146,11 +150,12 @@ def load_results(folders: Sequence[Path], groups: Mapping[str, tuple[str, ...]] 
         if not files:
             raise UserError(f"{folder} holds neither {SAMPLES_FILE} nor {RECALL_FILE}. Run `retrolm eval --out` first.")
         for file in files:
-            rows = list(read_lines(file))
             if file.name.startswith(RECALL_FILE):
-                recall += rows
+                recall += read_lines(file)
             else:
-                samples.update((row["key"], row) for row in rows)
+                samples.update((row["key"], row) for row in read_lines(file, needs=ROW_KEYS))
+    if not samples and not recall:
+        raise UserError(f"There are no rows in {', '.join(map(str, folders))} yet. Run `retrolm eval --out` first.")
     rows = list(samples.values())
     return Results(rows, told_apart(cells_of(rows)), recall, {**GROUPS, **(groups or {})})
 

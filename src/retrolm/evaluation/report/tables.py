@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..averages import by_bucket, mean
+from ..averages import average, by_bucket
 from ..constant_guess import MATH_FIND, math_find_guess
 from .costs import cost_tables
 from .pairs import pair_tables
@@ -56,7 +56,7 @@ def _note(tasks: Sequence[str], beyond: bool) -> str:
 
 
 def _score_row(results: Results, column: Column, tasks: list[str], groups: list[str], length: int | None) -> list[str]:
-    cells = {task: cell for task in tasks if (cell := results.cell(column, task, length)) is not None}
+    cells = results.by_task(column, tasks, length)
     shown = [_score(cells[task]) if task in cells else MISSING for task in tasks]
     averages = [_average(cells, results.groups[group]) for group in groups]
     return [label(column, results), budget(column), *shown, *averages]
@@ -69,11 +69,12 @@ def _score(cell: dict[str, Any]) -> str:
 
 
 def _average(cells: dict[str, dict[str, Any]], tasks: Sequence[str]) -> str:
-    members = [cells[task] for task in tasks if task in cells]
-    if len(members) < len(tasks):
+    score = average({task: cell["score"] for task, cell in cells.items()}, tasks)
+    if score is None:
         return MISSING
+    members = [cells[task] for task in tasks]
     mark = BEYOND if any(cell["beyond_window"] for cell in members) else ""
-    return with_interval(mean(cell["score"] for cell in members), *cells_interval(members)) + mark
+    return with_interval(score, *cells_interval(members)) + mark
 
 
 def bucket_tables(results: Results) -> list[Table]:
@@ -108,9 +109,5 @@ def overview_table(results: Results) -> Table:
 
 
 def _family_mean(results: Results, column: Column, name: str, length: int | None) -> str:
-    cells = [results.cell(column, task, length) for task in results.tasks(name, length)]
-    there = [cell for cell in cells if cell is not None]
-    if not there or len(there) < len(cells):
-        return MISSING
-    mark = BEYOND if any(cell["beyond_window"] for cell in there) else ""
-    return with_interval(mean(cell["score"] for cell in there), *cells_interval(there)) + mark
+    tasks = results.tasks(name, length)
+    return _average(results.by_task(column, tasks, length), tasks)

@@ -6,7 +6,9 @@ import gzip
 import io
 import json
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -69,29 +71,58 @@ def _from_hub(source: Source, stem: str) -> Path:
     return path / f"data/{stem}.jsonl" if path.suffix == ".zip" else path
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path, needs: Collection[str] = ()) -> list[dict[str, Any]]:
     """Read a .jsonl file, or a .json file that holds a list; .gz, .zst and members of a .zip are unpacked.
 
-    Raises `UserError` that names the line that isn't JSON.
+    Raises `UserError` for a file that can't be unpacked or has no rows, and one that names the line that isn't JSON or
+    the row that lacks a field of `needs`.
     """
-    return list(iter_rows(path))
+    rows = list(iter_rows(path))
+    if not rows:
+        raise UserError(f"{path} holds no rows. Get the file again.")
+    for number, row in enumerate(rows, 1):
+        missing = [key for key in needs if key not in row]
+        if missing:
+            raise UserError(f"{path}, row {number}, has no {', '.join(missing)}. Get the file again.")
+    return rows
 
 
 def iter_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Like `read_rows`, row by row."""
-    with open_text(path) as file:
-        if ".json" in path.suffixes:
-            yield from _parse(file.read(), path, 1)
-            return
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield _parse(line, path, number)
+    """Like `read_rows`, row by row; there may be none."""
+    for number, row in _values(path):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, row {number}, isn't a JSON object. Get the file again.")
+        yield row
+
+
+def _values(path: Path) -> Iterator[tuple[int, Any]]:
+    """Items of a list, or of lines, with their numbers."""
+    if ".json" in path.suffixes:
+        content = read_json(path)
+        yield from enumerate(content if isinstance(content, list) else [content], 1)
+    else:
+        yield from ((number, _parse(line, path, number)) for number, line in _lines(path))
 
 
 def read_json(path: Path) -> Any:
     """Read one JSON value from a plain or packed file."""
-    with open_text(path) as file:
+    with open_text(path) as file, _said_in_a_line(path):
         return _parse(file.read(), path, 1)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines that aren't blank, with their numbers."""
+    with open_text(path) as file, _said_in_a_line(path):
+        yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
+
+
+@contextmanager
+def _said_in_a_line(path: Path) -> Iterator[None]:
+    """Turn what unpacking and decoding raise into a `UserError`."""
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"{path} can't be read ({error}). Get the file again.") from error
 
 
 def _parse(text: str, path: Path, number: int) -> Any:

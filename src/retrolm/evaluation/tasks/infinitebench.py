@@ -80,7 +80,7 @@ class BookTask(InfiniteBenchTask):
         cache_dir: Path | str | None = None,
     ) -> list[EvalSample]:
         """See `Task.samples`."""
-        rows = read_rows(find_file(SOURCE, data_dir, self.task))
+        rows = read_rows(find_file(SOURCE, data_dir, self.task), ("id", "context", "input", "answer", "options"))
         return [self._sample(tokenizer, row, length) for row in choose(rows, num_samples, seed)]
 
     def _sample(self, tokenizer: Tokenizer, row: dict[str, Any], length: int | None) -> EvalSample:
@@ -135,10 +135,17 @@ class SyntheticTask(InfiniteBenchTask, GeneratedTask):
         """1 for the right number or value, by the benchmark's rules for reading it."""
         label = sample.answers[0]
         if self.task == "math_find":
-            return metrics.math_find(prediction, float(label) if "." in label else int(label))
+            return metrics.math_find(prediction, _number(label))
         if self.task == "kv_retrieval":
             return metrics.kv_retrieval(prediction, label)
         return metrics.first_integer(prediction, label)
+
+
+def _number(label: str) -> int | float:
+    try:
+        return float(label) if "." in label else int(label)
+    except ValueError:
+        raise UserError(f"The answer of a math_find question is a number, got {label!r}.") from None
 
 
 def infinitebench_tasks() -> list[InfiniteBenchTask]:

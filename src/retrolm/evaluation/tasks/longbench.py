@@ -34,6 +34,7 @@ SOURCE = Source(
     hub_repo="THUDM/LongBench",
     hub_file="data.zip",
 )
+FIELDS = ("_id", "context", "input", "answers", "length", "all_classes")
 _QUESTION_LINES = 11  # ten lines of code and "Next line of code:"
 
 
@@ -100,7 +101,7 @@ class LongBenchTask(Task):
     ) -> list[EvalSample]:
         """See `Task.samples`."""
         stem = self.name.split("/")[1] + ("_e" if self.extended else "")
-        rows = read_rows(find_file(SOURCE, data_dir, stem))
+        rows = read_rows(find_file(SOURCE, data_dir, stem), FIELDS)
         return [self._sample(tokenizer, row, length) for row in choose(rows, num_samples, seed)]
 
     def _sample(self, tokenizer: Tokenizer, row: dict[str, Any], length: int | None) -> EvalSample:

@@ -33,6 +33,8 @@ SOURCE = Source(
     hub_repo="THUDM/LongBench-v2",
     hub_file="data.json",
 )
+CHOICES = ("choice_A", "choice_B", "choice_C", "choice_D")
+FIELDS = ("_id", "context", "question", "answer", "difficulty", "length", "domain", *CHOICES)
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class LongBenchV2Task(Task):
         cache_dir: Path | str | None = None,
     ) -> list[EvalSample]:
         """See `Task.samples`."""
-        rows = read_rows(find_file(SOURCE, data_dir))
+        rows = read_rows(find_file(SOURCE, data_dir), FIELDS)
         return [self._sample(tokenizer, row, length) for row in choose(rows, num_samples, seed)]
 
     def _sample(self, tokenizer: Tokenizer, row: dict[str, Any], length: int | None) -> EvalSample:

@@ -108,7 +108,8 @@ class MeetingTask(LongDocTask):
 
     def generator(self, tokenizer: Tokenizer, length: int | None, seed: int, data_dir: Path | str | None) -> Generator:
         """See `GeneratedTask.generator`."""
-        return MeetingGenerator(read_rows(find_file(QMSUM, data_dir, self.split)), self.split, seed)
+        meetings = read_rows(find_file(QMSUM, data_dir, self.split), ("meeting_transcripts", "specific_query_list"))
+        return MeetingGenerator(meetings, self.split, seed)
 
     def with_options(self, options: dict[str, Any]) -> MeetingTask:
         """See `Task.with_options`."""
@@ -219,7 +220,7 @@ def _squad_packed(paragraph: SquadParagraph, others: list[SquadParagraph]) -> li
 
 
 def _msmarco(task: str, data_dir: Path | str | None, seed: int) -> Generator:
-    rows = read_rows(find_file(MSMARCO, data_dir))
+    rows = read_rows(find_file(MSMARCO, data_dir), ("query_id", "query", "passages"))
     pool = sorted({passage["text"] for row in rows for passage in row["passages"]})
     questions = [_msmarco_packed(row) for row in rows if any(passage["relevance"] for passage in row["passages"])]
     return PackGenerator(questions, [pool], NUMBERED, seed)

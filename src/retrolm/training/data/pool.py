@@ -105,11 +105,6 @@ class TokenPool:
         """Return the ids of a passage's title, int32, empty if it has none."""
         return self._tokens("titles", *self._bounds("title_offsets", index))
 
-    def passage_length(self, index: int) -> int:
-        """Return the number of tokens of a passage."""
-        start, end = self._bounds("passage_offsets", index)
-        return end - start
-
     def passage_sentences(self, index: int) -> list[int]:
         """Return the token offsets within a passage at which its sentences begin; the first is 0."""
         start, end = self._bounds("passage_offsets", index)
