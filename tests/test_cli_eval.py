@@ -59,6 +59,7 @@ def test_samples_can_be_made_beforehand(model: Path, tmp_path: Path) -> None:
         (["--task", "ruler/vt", "--out", "x"], ["ask for one in tokens"]),
         (["--task", "ruler/vt", "--out", "x", "--kv-budget", "8192"], ["exceeds the model's window"]),
         (["--task", "ruler/vt", "--out", "x", "--task-option", "essay=a"], ["task option 'essay'"]),
+        (["--task", "ruler/vt", "--out", "x", "--lengths", "64"], ["ruler/vt: 64 tokens are too few"]),
         (["--task", "ruler/vt", "--out", "x", "--lengths", "9" * 12], ["from 1 to", "9" * 12]),
         (["--task", "ruler/qa_1", "--out", "x", "--lengths", "512"], ["needs a data folder"]),
         (["--task", "ruler/vt", "--out", "x", "--shards", "2"], ["--shards needs --ray"]),

@@ -59,6 +59,24 @@ def test_the_documented_token_method_is_exact_where_it_says(documented: None) ->
     assert (lm.logits(ids) - stock_logits(model, ids)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("name", ["key_norm", "strided"])
+def test_the_documented_methods_answer_in_a_batch_as_alone(documented: None, name: str) -> None:
+    model = tiny_model("llama")
+    lm = RetroLM(model, config=RetroConfig(kv_budget=48, page_size=8), method=name)
+    texts = [random_ids(num_tokens).tolist() for num_tokens in (160, 105, 139)]
+    prompts = [Prompt((), tuple(ids[:-10]), tuple(ids[-10:])) for ids in texts]
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    together = lm.answer(prompts, **settings)
+    alone = [lm.answer([prompt], **settings)[0] for prompt in prompts]
+    assert [(a.token_ids, a.attended_tokens) for a in together] == [(a.token_ids, a.attended_tokens) for a in alone]
+
+
+def test_the_documented_methods_say_their_place(documented: None) -> None:
+    assert all(
+        METHODS.get(name).index != "none" and METHODS.get(name).when != "never" for name in ("key_norm", "strided")
+    )
+
+
 def test_documented_methods_are_short() -> None:
     text = (DOCS / "add_a_method.md").read_text(encoding="utf-8")
     for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):

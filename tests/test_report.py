@@ -22,6 +22,7 @@ from retrolm.errors import UserError
 from retrolm.evaluation.journal import write_lines
 from retrolm.evaluation.report.costs import cost_table
 from retrolm.evaluation.report.pairs import MARGIN, compare, pair_rows, pair_tables, scopes, shared_scores
+from retrolm.evaluation.report.plots import comparable_lengths
 from retrolm.evaluation.report.results import Results, load_results
 from retrolm.evaluation.report.table import BEYOND, MISSING
 from retrolm.evaluation.report.tables import overview_table, score_tables
@@ -134,6 +135,13 @@ def test_all_pairs_are_in_the_file_of_pairs(results: Results) -> None:
     for row in rows:
         assert row["low"] <= row["difference"] <= row["high"] and 0 < row["p_value"] <= 1
         assert row["not_below"] == (row["low"] >= -MARGIN)
+
+
+def test_lines_join_means_of_the_same_tasks_only(tmp_path: Path) -> None:
+    rows = made_up_rows(4, (4096, 8192, 30000, 65536))
+    few = [row for row in rows if row["length"] != 30000 or row["task"] == NEEDLES[0]]
+    write_lines(tmp_path / SAMPLES_FILE, [row for row in few if row["length"] != 65536 or row["task"] != NEEDLES[1]])
+    assert comparable_lengths(load_results([tmp_path]), "ruler") == [4096, 8192, 65536]
 
 
 def test_an_average_of_ones_own_is_compared_too(tmp_path: Path) -> None:

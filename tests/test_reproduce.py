@@ -65,7 +65,7 @@ def test_every_table_is_written_and_what_is_missing_is_named(bench: Path, outcom
     assert outcome.code == 0 and outcome.out.strip() == str(bench / "out" / "README.md")
     index = (bench / "out" / "README.md").read_text(encoding="utf-8")
     assert "## Table A: needles" in index and "## Table B: budgets" in index and "(budgets/report.md)" in index
-    assert "memory, no GPU used by prompt length (GB):" in index
+    assert "memory (no GPU used) by prompt length (GB):" in index
     not_run = index.split("## Not run")[1]
     assert "ruler/qa_1" in not_run and "needs a data folder" in not_run and "stage 2 needs an adapter" in not_run
     assert "not run: needles: ruler/qa_1" in outcome.err

@@ -78,7 +78,7 @@ def memory_kind(results: Results) -> str:
 
 def memory_name(kind: str) -> str:
     """A kind of memory in words."""
-    return "peak GPU memory" if kind == DEVICE else "peak host memory, no GPU used"
+    return "peak GPU memory" if kind == DEVICE else "peak host memory (no GPU used)"
 
 
 def cells_at(results: Results, column: Column, length: int | None) -> list[dict[str, Any]]:

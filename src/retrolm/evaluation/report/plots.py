@@ -56,9 +56,18 @@ def all_plots(results: Results) -> list[Plot]:
 def by_length(
     results: Results, name: str, value: Callable[[list[dict[str, Any]]], tuple[float, float, float] | None]
 ) -> list[Line]:
-    """One line per column over the lengths at which it has all tasks of the family."""
-    lengths = [length for place, length in results.places() if place == name and length is not None]
+    """One line per column over the lengths at which it has all tasks of the family.
+
+    Lengths at which only a few of the family's tasks were run are left out: their means are of other things.
+    """
+    lengths = comparable_lengths(results, name)
     return [Line(c.name, _points(results, c, name, [(float(n), n) for n in lengths], value)) for c in results.columns()]
+
+
+def comparable_lengths(results: Results, name: str) -> list[int]:
+    """Lengths that have at least three quarters of the family's tasks."""
+    counts = {length: len(results.tasks(name, length)) for place, length in results.places() if place == name}
+    return [length for length, count in counts.items() if length is not None and 4 * count >= 3 * max(counts.values())]
 
 
 def by_budget(results: Results, name: str, length: int | None) -> list[Line]:
@@ -122,7 +131,7 @@ def _draw(title: str, x_label: str, y_label: str, lines: list[Line]) -> bytes:
     axes.set_ylim(bottom=0, top=103 if y_label == SCORE else None)
     axes.set(title=title, xlabel=x_label, ylabel=y_label)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    axes.legend(fontsize=8, handlelength=3.5, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=130)
     return data.getvalue()

@@ -17,11 +17,11 @@ _FILLED = 0.9
 class TooLongError(UserError):
     """A sample can't be made as short as asked for; it needs a length of `needed` tokens."""
 
-    def __init__(self, length: int, prompt_tokens: int, answer_tokens: int) -> None:
+    def __init__(self, task: str, length: int, prompt_tokens: int, answer_tokens: int) -> None:
         self.needed = prompt_tokens + answer_tokens
         super().__init__(
-            f"{length} tokens are too few: the smallest prompt takes {prompt_tokens}, and {answer_tokens} are kept "
-            f"for the answer. Ask for a length of at least {self.needed}."
+            f"{task}: {length} tokens are too few: the smallest prompt takes {prompt_tokens}, and {answer_tokens} are "
+            f"kept for the answer. Ask for a length of at least {self.needed}."
         )
 
 
@@ -79,7 +79,8 @@ class Fitter:
         tokenizer: Tokenizer,
         length: int | None,
         max_new_tokens: int,
-        seed_name: str,
+        task: str,
+        seed: int,
         chat: bool = True,
     ) -> None:
         self._generator = generator
@@ -87,7 +88,8 @@ class Fitter:
         self._counter = TokenCounter(tokenizer)
         self._length = length
         self._answer_tokens = max_new_tokens
-        self._seed_name = seed_name
+        self._task = task
+        self._seed_name = f"{seed}/{task}/{length}"
         self._chat = chat
         self._common_size: int | None = None
         self._guess = 1
@@ -120,7 +122,7 @@ class Fitter:
                 self._check_filled(index, size, tokens)
                 return draft, tokens
             if size == smallest:
-                raise TooLongError(self._length, tokens, self._answer_tokens)
+                raise TooLongError(self._task, self._length, tokens, self._answer_tokens)
             size = max(size - self._generator.step, smallest)
 
     def _fitting_size(self, index: int) -> int:
@@ -143,15 +145,15 @@ class Fitter:
     def _natural_size(self, index: int) -> int:
         size = self._generator.natural_size(index)
         if size is None:
-            raise UserError("This task is generated to a length: ask for one in tokens, such as 4096.")
+            raise UserError(f"{self._task} is generated to a length: ask for one in tokens, such as 4096.")
         return size
 
     def _check_filled(self, index: int, size: int, tokens: int) -> None:
         used = tokens + self._answer_tokens
         if self._generator.fills and size == self._generator.largest(index) and used < _FILLED * (self._length or 0):
             raise UserError(
-                f"The texts at hand fill {used} of {self._length} tokens. Ask for a length of at most {used}, "
-                f"or give a data folder with more text."
+                f"{self._task}: the texts at hand fill {used} of {self._length} tokens. Ask for a length of at most "
+                f"{used}, or give a data folder with more text."
             )
 
     def _estimate(self, index: int, size: int) -> int:

@@ -55,8 +55,7 @@ class GeneratedTask(Task):
             "chat": self.chat,
             **generator.facts(),
         }
-        seed_name = f"{seed}/{self.name}/{length}"
-        fitter = Fitter(generator, tokenizer, length, self.max_new_tokens, seed_name, self.chat)
+        fitter = Fitter(generator, tokenizer, length, self.max_new_tokens, self.name, seed, self.chat)
         name = f"{self.name}_{length or 'natural'}_{count}"
         return cached(cache_dir, name, key, lambda: self._make(generator, fitter, count, length))
 
