@@ -31,21 +31,21 @@ def slow_forward(
         out = torch.zeros(1, T, H, D, dtype=torch.float64)
         weights[layer] = [[[0.0] * T for _ in range(T)] for _ in range(H)]
         for head in range(H):
-            keys = k[0, head // group]
+            keys, values = k[0, head // group], v[0, head // group]
             for row in range(T):
                 seen = [key for key in range(row + 1) if sees(layer, head, row, key)]
-                moved = [shift(layer, head, row, key) if shift else 0 for key in seen]
-                turned = [
-                    _turned(model, keys[key], by) if by else keys[key] for key, by in zip(seen, moved, strict=True)
-                ]
-                scores = [float(q[0, head, row] @ key) * scaling for key in turned]
+                turned = keys[seen]
+                for place, key in enumerate(seen if shift else ()):
+                    if by := shift(layer, head, row, key):  # type: ignore[misc]
+                        turned[place] = _turned(model, keys[key], by)
+                scores = turned @ q[0, head, row] * scaling
                 if softcap:
-                    scores = [softcap * math.tanh(score / softcap) for score in scores]
-                top = max(scores)
-                parts = [math.exp(score - top) for score in scores]
-                for key, part in zip(seen, parts, strict=True):
-                    weights[layer][head][row][key] = part / sum(parts)
-                    out[0, row, head] += part / sum(parts) * v[0, head // group, key]
+                    scores = softcap * torch.tanh(scores / softcap)
+                parts = torch.exp(scores - scores.max())
+                parts /= parts.sum()
+                out[0, row, head] = parts @ values[seen]
+                for key, part in zip(seen, parts.tolist(), strict=True):
+                    weights[layer][head][row][key] = part
         return out, None
 
     with _attending(model, attention), torch.no_grad():

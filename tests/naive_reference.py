@@ -83,6 +83,10 @@ class NaiveRetroLM:
         self.heads = self.config.num_attention_heads
         self.kv_heads = self.config.num_key_value_heads
         self.dim = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.heads
+        self.scale = getattr(self.config, "query_pre_attn_scalar", self.dim) ** -0.5
+        self.cap = getattr(self.config, "attn_logit_softcapping", None)
+        self.windows = [self._declared_window(index) for index in range(self.config.num_hidden_layers)]
+        self.angles: dict[int, tuple[np.ndarray, float]] = {}
         self.pages: list[NaivePage] = []
 
     def read(self, pages: list[list[int]], num_sink: int = 1) -> list[NaivePage]:
@@ -157,16 +161,18 @@ class NaiveRetroLM:
 
     # --- which pages ----------------------------------------------------------------------------------------------
 
-    def _window(self, index: int) -> int | None:
+    def _declared_window(self, index: int) -> int | None:
         kinds = getattr(self.config, "layer_types", None)
         if kinds and kinds[index] != "sliding_attention":
             return None
         return getattr(self.config, "sliding_window", None)
 
+    def _window(self, index: int) -> int | None:
+        return self.windows[index]
+
     def _keeps_window(self, index: int) -> bool:
         """A sliding layer of a model that also has full layers: it attends its true window, nothing is selected."""
-        num_layers = self.config.num_hidden_layers
-        return self._window(index) is not None and any(self._window(i) is None for i in range(num_layers))
+        return self.windows[index] is not None and None in self.windows
 
     def _select(self, index: int, page: NaivePage, kv_head: int) -> list[int]:
         past = list(range(len(self.pages)))
@@ -224,36 +230,42 @@ class NaiveRetroLM:
 
     # --- attention --------------------------------------------------------------------------------------------------
 
-    def _turn(self, index: int, vectors: Vectors, position: int) -> Vectors:
-        """RoPE at one position: pairs (i, i + R/2) of the first R channels turn by position · frequency_i."""
+    def _frequencies(self, index: int) -> tuple[np.ndarray, float]:
+        """Angle per position of each rotary pair of a layer, and what cos and sin are multiplied with."""
         kinds = getattr(self.config, "layer_types", None)
         per_type = isinstance(next(iter(self.config.rope_parameters.values())), dict)
-        frequencies, scaling = self.model.model.rotary_emb.frequencies(kinds[index] if kinds and per_type else None)
-        turned = vectors.copy()
-        for i, frequency in enumerate(frequencies.tolist()):
-            cos, sin = math.cos(position * frequency) * scaling, math.sin(position * frequency) * scaling
-            a, b = vectors[..., i], vectors[..., i + len(frequencies)]
-            turned[..., i], turned[..., i + len(frequencies)] = a * cos - b * sin, a * sin + b * cos
+        found, scaling = self.model.model.rotary_emb.frequencies(kinds[index] if kinds and per_type else None)
+        return found.numpy(), scaling
+
+    def _turn(self, index: int, vectors: Vectors, position: int) -> Vectors:
+        """RoPE at one position: pairs (i, i + R/2) of the first R channels turn by position · frequency_i."""
+        if index not in self.angles:
+            self.angles[index] = self._frequencies(index)
+        frequencies, scaling = self.angles[index]
+        half = len(frequencies)
+        cos, sin = np.cos(position * frequencies) * scaling, np.sin(position * frequencies) * scaling
+        turned, a, b = vectors.copy(), vectors[..., :half], vectors[..., half : 2 * half]
+        turned[..., :half], turned[..., half : 2 * half] = a * cos - b * sin, a * sin + b * cos
         return turned
+
+    def _logit(self, query: np.ndarray, key: np.ndarray) -> np.ndarray:
+        """Logits of turned queries for turned keys, [..., dim] each."""
+        logit = (query * key).sum(-1) * self.scale
+        return self.cap * np.tanh(logit / self.cap) if self.cap else logit
 
     def _softmax_rows(
         self, layer: int, query: Vectors, position: int, keys: list[tuple[int, Vectors, Vectors]], window: int | None
     ) -> Vectors:
         """One token's attention, [heads, dim]; `keys` are (position, turned key, value)."""
-        scale = getattr(self.config, "query_pre_attn_scalar", self.dim) ** -0.5
-        cap = getattr(self.config, "attn_logit_softcapping", None)
         turned = self._turn(layer, query, position)
         visible = [entry for entry in keys if entry[0] <= position and (not window or position - entry[0] < window)]
+        seen, values = (np.stack([entry[part] for entry in visible]) for part in (1, 2))
         out = np.zeros_like(query)
         for head in range(self.heads):
             kv = head // (self.heads // self.kv_heads)
-            logits = np.array([turned[head] @ key[kv] * scale for _, key, _ in visible])
-            if cap:
-                logits = cap * np.tanh(logits / cap)
+            logits = self._logit(turned[head], seen[:, kv])
             weights = np.exp(logits - logits.max())
-            weights /= weights.sum()
-            for weight, (_, _, value) in zip(weights, visible, strict=True):
-                out[head] += weight * value[kv]
+            out[head] = weights / weights.sum() @ values[:, kv]
         return out
 
     def _attend_normal(self, index: int, page: NaivePage, queries: Vectors) -> Vectors:

@@ -66,11 +66,10 @@ class NaiveRetro(NaiveTokens):
 
     def _pairs(self, layer: int, token: int, head: int, query: Vectors, pages: set[int] | None) -> Pairs:
         window, found = self._window(layer), []
-        scale = getattr(self.config, "query_pre_attn_scalar", self.dim) ** -0.5
-        cap = getattr(self.config, "attn_logit_softcapping", None)
         for j in range(token + 1):
             if (pages is not None and j // self.pages.page not in pages) or (window and token - j >= window):
                 continue
-            logit = float(self._turn(layer, query, token - j)[head] @ self.at_zero[layer][j][self.kv(head)]) * scale
-            found.append((cap * np.tanh(logit / cap) if cap else logit, self.values[layer][j][self.kv(head)].copy()))
+            turned = self._turn(layer, query[head], token - j)
+            logit = self._logit(turned, self.at_zero[layer][j][self.kv(head)])
+            found.append((float(logit), self.values[layer][j][self.kv(head)].copy()))
         return found

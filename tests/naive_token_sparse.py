@@ -39,7 +39,7 @@ class TokenSparse(Rule):
         for token in range(before, self.num_tokens):
             near = [j for j in range(token + 1) if token - j < window]
             turned = {token - j: reader._turn(layer, queries[token], token - j) for j in near}
-            logits = np.array(reader._logits(layer, turned, head, [(j, token - j) for j in near]))
+            logits = reader._logits(layer, turned, head, [(j, token - j) for j in near])
             weights = np.exp(logits - logits.max())
             for j, weight in zip(near, weights / weights.sum(), strict=True):
                 if j < before:

@@ -79,44 +79,36 @@ class NaiveTokens(NaiveRetroLM):
         return found
 
     def _token(self, layer: int, token: int, query: Vectors) -> Vectors:
-        out, window = np.zeros_like(query), self._window(layer)
+        out, window, keeps_window = np.zeros_like(query), self._window(layer), self._keeps_window(layer)
         most, turned = 0, dict[int, Vectors]()
         for head in range(self.heads):
-            if self._keeps_window(layer):
-                seen = [(j, token - j) for j in range(token + 1)]
-            else:
-                seen = self.rule.sees(layer, token, head)
+            seen = [(j, token - j) for j in range(token + 1)] if keeps_window else self.rule.sees(layer, token, head)
             seen = [(j, apart) for j, apart in seen if window is None or apart < window]
-            made_up = [] if self._keeps_window(layer) else self.rule.made_up(layer, token, head)
+            made_up = [] if keeps_window else self.rule.made_up(layer, token, head)
             made_up = [one for one in made_up if window is None or token - one[0] < window]
             most = max(most, len(seen) + len(made_up))
             for _, apart in seen:
                 if apart not in turned:
                     turned[apart] = self._turn(layer, query, apart)
-            logits = self._logits(layer, turned, head, seen)
             whole = self._turn(layer, query, token)[head] if made_up else query[head]
-            logits += [self._logit(whole, key) + bias for _, key, _, bias in made_up]
-            weights = np.exp(np.array(logits) - max(logits))
+            for_others = [self._logit(whole, key) + bias for _, key, _, bias in made_up]
+            logits = np.append(self._logits(layer, turned, head, seen), for_others)
+            weights = np.exp(logits - logits.max())
             weights /= weights.sum()
-            if not self._keeps_window(layer):
+            if not keeps_window:
                 self.rule.saw(layer, token, head, {j: w for (j, _), w in zip(seen, weights, strict=False)})
             values = [self.values[layer][j][self.kv(head)] for j, _ in seen] + [value for _, _, value, _ in made_up]
-            for value, weight in zip(values, weights, strict=True):
-                out[head] += weight * value
+            out[head] = weights @ np.stack(values)
         self.counts[layer].append(most)
         return out
 
     def kv(self, head: int) -> int:
         return head // (self.heads // self.kv_heads)
 
-    def _logits(self, layer: int, turned: dict[int, Vectors], head: int, seen: Seen) -> list[float]:
-        keys = self.at_zero[layer]
-        return [self._logit(turned[apart][head], keys[j][self.kv(head)]) for j, apart in seen]
-
-    def _logit(self, query: np.ndarray, key: np.ndarray) -> float:
-        cap = getattr(self.config, "attn_logit_softcapping", None)
-        logit = float(query @ key) * getattr(self.config, "query_pre_attn_scalar", self.dim) ** -0.5
-        return cap * float(np.tanh(logit / cap)) if cap else logit
+    def _logits(self, layer: int, turned: dict[int, Vectors], head: int, seen: Seen) -> np.ndarray:
+        kv = self.kv(head)
+        queries = np.stack([turned[apart][head] for _, apart in seen])
+        return self._logit(queries, np.stack([self.at_zero[layer][j][kv] for j, _ in seen]))
 
 
 class Streaming(Rule):

@@ -16,6 +16,7 @@ from test_against_naive import random_retriever
 from tiny_models import random_ids, tiny_model
 
 W, BUDGET, QUESTION, NEW = 8, 40, 13, 9
+WINDOW = 128  # positions of the models
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def make(name: str, **options: Any) -> RetroLM:
     config = RetroConfig.from_options({"kv_budget": BUDGET, "page_size": W, **options})
-    lm = RetroLM(tiny_model(name), config=config)
+    lm = RetroLM(tiny_model(name, max_position_embeddings=WINDOW), config=config)
     lm.use_retriever(random_retriever(lm, 4))
     return lm
 
@@ -50,7 +51,7 @@ def test_positions_of_a_text_six_times_the_window(name: str, strict: bool, bypas
         of_generated.append(int(kwargs["position_ids"].max() if "position_ids" in kwargs else args[1].max()))
 
     lm.model.model.rotary_emb.register_forward_pre_hook(note, with_kwargs=True)
-    text = random_ids(6 * 512)
+    text = random_ids(6 * WINDOW)
     lm.generate(torch.cat([text, random_ids(QUESTION, 1)])[None], max_new_tokens=NEW, do_sample=False, eos_token_id=[])
     own = lm.model.config.sliding_window + W if name == "gemma2" else 0  # its sliding layers keep their window
     assert max(seen) > BUDGET // 2 and max(*seen, *of_generated) < max(BUDGET, own) + W + NEW
