@@ -165,7 +165,7 @@ def test_an_interrupted_download_says_that_it_goes_on(monkeypatch: pytest.Monkey
 
 def test_ctrl_c_during_a_read(desk: Desk, tmp_path: Path) -> None:
     """The real program in a terminal of its own: stopped while its progress bar moves."""
-    long_text = write_story(tmp_path / "long.txt", repeats=300)
+    long_text = write_story(tmp_path / "long.txt", repeats=150)
     words = [sys.executable, "-m", "retrolm.cli.main", "ask", str(long_text), QUESTION, *desk.options]
     master, slave = pty.openpty()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "100"}

@@ -15,6 +15,7 @@ from rich.text import Text
 
 OUT = Console(highlight=False)
 ERR = Console(stderr=True, highlight=False)
+SPEED_PERIOD_S = 600.0  # what the remaining time is worked out from; on a slow machine one chunk takes minutes
 _CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
@@ -78,7 +79,8 @@ def progress_bar(label: str, unit: str = "pages") -> Iterator[Callable[[int, int
         TextColumn("{task.completed:.0f}/{task.total:.0f} " + unit),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=ERR, transient=True, disable=not ERR.is_terminal) as progress:
+    options: dict[str, Any] = {"transient": True, "speed_estimate_period": SPEED_PERIOD_S}
+    with Progress(*columns, console=ERR, disable=not ERR.is_terminal, **options) as progress:
         task = progress.add_task(label, total=1, visible=False)
 
         def update(done: int, total: int) -> None:

@@ -64,11 +64,12 @@ class Encoder:
             self._require_window(text.table.num_tokens)
         total = sum(len(text.pages) for text in texts)
         done, results = 0, []
+        tell = progress or (lambda done, total: None)
+        tell(done, total)
         for chunk in self._chunks(texts):
             results.append(self.encode(chunk, logits))
             done += chunk.num_pages
-            if progress is not None:
-                progress(done, total)
+            tell(done, total)
         return results
 
     def extend(self, table: PageTable, pages: list[list[int]]) -> tuple[PageTable, Tensor]:

@@ -189,7 +189,7 @@ class RetroLM:
         Args:
             source: a text, a `pathlib.Path` to a file, or token ids (whole numbers or int64 tensor [T]); or a list of
                 these.
-            progress: called with (pages done, pages in all) after each chunk.
+            progress: called with (pages done, pages in all) before the first chunk and after each.
 
         Returns:
             A `Document`, or a list of them; a `PromptDocument` with methods that take each prompt as a whole.
