@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from grids import some
 from retrolm.config import RetroConfig
 from retrolm.engine import encoder, prefill_layers
 from retrolm.engine.model import RetroLM
@@ -44,8 +45,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return taken
 
 
-@pytest.mark.parametrize("rows", [7, 4096])
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize(("name", "rows"), some(FUSED, [7, 4096], each=1))
 def test_logits_and_answers_are_the_stock_layers(
     name: str, rows: int, fused: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from grids import some
 from retrolm.config import RetroConfig
 from retrolm.engine import question_groups, set_attention
 from retrolm.engine.chunk import Chunk
@@ -61,9 +62,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("most", [100, 4])
-@pytest.mark.parametrize(("name", "options"), CASES)
-def test_joined_equals_apart(monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, Any], most: int) -> None:
+@pytest.mark.parametrize(("case", "most"), some(CASES, [100, 4], each=1))
+def test_joined_equals_apart(monkeypatch: pytest.MonkeyPatch, case: tuple[str, dict[str, Any]], most: int) -> None:
+    name, options = case
     encoder, chunk, _ = asked(make(name, **options))
     apart = encoder.encode(chunk, logits=True)
     join(monkeypatch, most)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from grids import some
 from naive_reference import NaiveOptions
 from naive_retro_pages import NaiveRetroPages
 from retrolm.config import RetroConfig
@@ -60,8 +61,7 @@ def naive_logits(lm: RetroLM, window: int, said: list[int]) -> Tensor:
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "mistral-sliding"])
-@pytest.mark.parametrize("window", [1, 2, 4])
+@pytest.mark.parametrize(("family", "window"), some(["llama", "qwen2", "gemma3", "mistral-sliding"], [1, 2, 4], each=2))
 def test_it_equals_its_naive_self(family: str, window: int) -> None:
     check_against_naive(attach(exact_model(family, seed=3), window=window), window)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from grids import some
 from kept_logits import KeptLogits
 from retrolm.config import RetroConfig
 from retrolm.engine.answering import Prompt
@@ -37,8 +38,7 @@ def ask(lm: RetroLM, decoding: str, lengths: tuple[int, ...], **options: Any) ->
     return lm.answer(prompts, max_new_tokens=12, decoding=decoding, **options), torch.stack(keep.steps)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "llama-yarn", "gemma3"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "family"), some(NAMES, ["llama", "llama-yarn", "qwen3", "gemma3"], each=2))
 def test_the_loop_does_what_generate_does(name: str, family: str) -> None:
     """In the engine's own layers, and in the model's (yarn, Gemma)."""
     lm = RetroLM(tiny_model(family), config=RetroConfig(kv_budget=96, page_size=8), method=name)
