@@ -91,10 +91,10 @@ def test_overrides_reach_the_data_table(tmp_path: Path) -> None:
     data = load_recipe(path, {"data.weights.facts": 3, "data.min_tokens": 64, "data.weights.a": 0}).data
     assert data.weights == {"a": 0, "facts": 3} and data.min_tokens == 64
     for name, value, message in (
-        ("data.seed.x", 1, "seed must be a number"),
+        ("data.seed.x", 1, "seed must be a whole number"),
         ("data.sources.x", 1, "'data.sources.x' can't be set: sources is no table"),
         ("data.seeed", 1, "Did you mean 'seed'"),
-        ("data.max_keys", "many", "max_keys must be a number, got 'many'"),
+        ("data.max_keys", "many", "max_keys must be a whole number, got 'many'"),
         ("rank.x", 1, "rank must be a whole number"),
     ):
         with pytest.raises(UserError, match=message):

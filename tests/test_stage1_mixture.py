@@ -88,6 +88,25 @@ def test_long_texts_come_after_the_curriculum_and_grow() -> None:
         ({"length_group": 0}, "at least 1"),
         ({"long_share": 0.1, "long_tokens": 2000}, "long_share needs long_tokens of at least"),
         ({"long_share": 2}, "share between 0 and 1"),
+        ({"min_tokens": "512"}, "min_tokens must be a whole number, got '512'"),
+        ({"min_tokens": 512.5}, "min_tokens must be a whole number"),
+        ({"min_tokens": True}, "min_tokens must be a whole number"),
+        ({"mined_negatives": -1}, "mined_negatives must not be negative"),
+        ({"exclude": "eval.jsonl"}, "exclude must be a list of texts"),
+        ({"exclude": [1]}, "exclude must be a list of texts"),
+        ({"weights": [1, 2]}, "weights must be a table of finite numbers"),
+        ({"weights": {"a": "10"}}, "weights must be a table of finite numbers"),
+        ({"weights": {"a": float("inf")}}, "weights must be a table of finite numbers"),
+        ({"sources": "eval.jsonl"}, r"Write each under a line \[\[data.sources\]\]"),
+        ({"sources": {"name": "a", "path": "b", "format": "squad"}}, r"Write each under a line"),
+        ({"sources": [{"nam": "a", "path": "b", "format": "squad"}]}, "Did you mean 'name'"),
+        ({"sources": [{"path": "b", "format": "squad"}]}, r"A \[\[data.sources\]\] table lacks: name"),
+        ({"sources": [{"name": 5, "path": "b", "format": "squad"}]}, "name must be a text, got 5"),
+        ({"sources": [{"name": "a", "path": 5, "format": "squad"}]}, "path must be a text, got 5"),
+        ({"sources": [{"name": "a", "path": "b", "format": "squad", "drop": "x"}]}, "drop must be a list of texts"),
+        ({"sources": [{"name": "a", "path": "b", "format": "squad", "max_rows": "x"}]}, "max_rows must be a whole"),
+        ({"sources": [{"name": "a", "path": "b", "format": "squad", "max_rows": 0}]}, "max_rows must be at least 1"),
+        ({"sources": [{"name": "a", "path": "b", "format": "squad", "max_bm25_rank": 5}]}, "table of whole numbers"),
     ],
 )
 def test_settings_are_checked(changes: dict[str, object], message: str) -> None:
@@ -101,6 +120,12 @@ def test_unreadable_recipes(tmp_path: Path) -> None:
     (tmp_path / "empty.toml").write_text("[train]\n")
     with pytest.raises(UserError, match=r"no \[data\] table"):
         load_stage1_data_config(tmp_path / "empty.toml")
+    (tmp_path / "value.toml").write_text("data = 5\n")
+    with pytest.raises(UserError, match=r"no \[data\] table"):
+        load_stage1_data_config(tmp_path / "value.toml")
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="Can't read the recipe"):
+        load_stage1_data_config(tmp_path / "bytes.toml")
 
 
 def test_committed_recipes_load() -> None:

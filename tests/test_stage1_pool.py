@@ -20,7 +20,7 @@ from retrolm.training.data.encoder import tokenizer_fingerprint
 from retrolm.training.data.pool import compact_ids
 from retrolm.training.data.rows import content_hash
 from retrolm.training.data.sentences import sentence_starts, split_sentences, token_span, token_starts
-from stage1_pool_maker import passage_text, tiny_config, tiny_pool, write_corpus
+from stage1_pool_maker import WEIGHTS, passage_text, tiny_config, tiny_pool, write_corpus
 from tiny_tokenizer import tiny_tokenizer
 
 
@@ -144,6 +144,14 @@ def test_an_exclude_pattern_without_files_is_refused(tmp_path: Path) -> None:
     write_corpus(tmp_path)
     with pytest.raises(UserError, match="No file matches 'gone/"):
         prepare_pool(tiny_config(exclude=["gone/*.json"]), tiny_tokenizer(), tmp_path / "pool", tmp_path)
+    assert not (tmp_path / "pool").exists()
+
+
+def test_a_weight_of_nothing_there_is_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    config = tiny_config(weights={**WEIGHTS, "register": 1.0})
+    with pytest.raises(UserError, match=r"mixture in \[data.weights\] 'register'. Did you mean 'registers'"):
+        prepare_pool(config, tiny_tokenizer(), tmp_path / "pool", tmp_path)
     assert not (tmp_path / "pool").exists()
 
 

@@ -108,6 +108,29 @@ DPR = {
 }
 
 
+def test_squad_with_parts_of_a_wrong_type(tmp_path: Path) -> None:
+    good = {"id": 1, "question": "Who?", "answers": [{"text": "Ada"}, "Bob"]}
+    paragraphs = [
+        {"context": "Ada did.", "qas": [good, 7]},
+        {"context": "", "qas": [good]},
+        {"context": "No questions."},
+    ]
+    articles = [{"paragraphs": paragraphs}, "text", {"paragraphs": None}, {}]
+    path = tmp_path / "squad.json"
+    path.write_text(json.dumps({"data": articles}))
+    rows, counts = read(path, "squad")
+    assert [(row.query, row.answers) for row in rows] == [("Who?", ("Ada",))]
+    assert dict(counts.skipped) == {"not a JSON object": 4, "without a positive": 1}
+
+
+def test_squad_that_breaks_off(tmp_path: Path) -> None:
+    whole = gzip.compress(json.dumps({"data": [{"paragraphs": []}] * 50}).encode())
+    for damaged in (whole[:-12], b"no gzip", whole[:12] + b"\x00" * 20):
+        (tmp_path / "squad.json.gz").write_bytes(damaged)
+        with pytest.raises(UserError, match="is not JSON"):
+            read(tmp_path / "squad.json.gz", "squad")
+
+
 @pytest.mark.parametrize("as_array", [True, False])
 def test_dpr(tmp_path: Path, as_array: bool) -> None:
     other = {**DPR, "question": "who else"}

@@ -4,22 +4,48 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from ..errors import UserError, unknown
 
 Table = TypeVar("Table")
 
-_KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
-    bool: ((bool,), "true or false"),
-    int: ((int,), "a whole number"),
-    float: ((int, float), "a number"),
-    str: ((str,), "a text"),
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_whole(value) or isinstance(value, float)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_table_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, Mapping) and all(map(fits, value.values()))
+
+
+# Type of a field -> what its values must be, and how that is said.
+_KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
+    bool: (lambda value: isinstance(value, bool), "true or false"),
+    int: (_is_whole, "a whole number"),
+    int | None: (lambda value: value is None or _is_whole(value), "a whole number"),
+    float: (_is_number, "a number"),
+    str: (_is_text, "a text"),
+    tuple[str, ...]: (lambda value: isinstance(value, tuple) and all(map(_is_text, value)), "a list of texts"),
+    Mapping[str, int]: (_is_table_of(_is_whole), "a table of whole numbers"),
+    Mapping[str, float]: (
+        _is_table_of(lambda value: _is_number(value) and math.isfinite(value)),
+        "a table of finite numbers",
+    ),
 }
 
 
@@ -89,11 +115,16 @@ def read_tables(path: Path, *tables: str) -> dict[str, Any]:
 
 def build_table(kind: type[Table], values: Mapping[str, Any], what: str) -> Table:
     """Build a dataclass from the keys of a table; raises `UserError` for an unknown key, calling it a `what`."""
-    allowed = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    check_keys(kind, values, what)
+    return kind(**values)
+
+
+def check_keys(kind: type[Any], values: Collection[str], what: str) -> None:
+    """Refuse keys that are no fields of a dataclass; raises `UserError` with the closest one, calling it a `what`."""
+    allowed = [field.name for field in dataclasses.fields(kind)]
     for key in values:
         if key not in allowed:
             raise unknown(what, key, allowed)
-    return kind(**values)
 
 
 def model_name(model: str) -> str:
@@ -104,9 +135,13 @@ def model_name(model: str) -> str:
 def check_types(config: Any) -> None:
     """Refuse values of a wrong type, such as a quoted number; raises `UserError`."""
     for name, hint in get_type_hints(type(config)).items():
-        kinds, wanted = _KINDS.get(hint, ((str,), "a text"))
+        if get_origin(hint) is Literal:
+            hint = type(get_args(hint)[0])
+        if hint not in _KINDS:  # tables of their own
+            continue
+        fits, wanted = _KINDS[hint]
         value = getattr(config, name)
-        if not isinstance(value, kinds) or (isinstance(value, bool) and hint is not bool):
+        if not fits(value):
             raise UserError(f"{name} must be {wanted}, got {value!r}.")
 
 

@@ -8,8 +8,8 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...errors import UserError
-from .config import PASSAGE_QUERY_KINDS, SourceConfig, Stage1DataConfig
+from ...errors import UserError, unknown
+from .config import PASSAGE_QUERY_KINDS, SYNTHETIC_KINDS, SourceConfig, Stage1DataConfig
 from .hub import read_hub_pairs
 from .mining import BM25Miner, Embed, EmbeddingMiner, Miner
 from .overlap import EvaluationTexts, file_texts
@@ -60,6 +60,7 @@ def collect(config: Stage1DataConfig, data_root: Path, embed: Embed | None = Non
         if not source.is_documents:
             counts = found.counts.setdefault(source.name, RowCounts())
             _collect_source(source, config, data_root, evaluation, found, counts)
+    _check_weights(config, found.rows)
     found.rows = _without_leaks(found)
     rivals = _answering(found.rows)
     for row in found.rows:
@@ -69,6 +70,15 @@ def collect(config: Stage1DataConfig, data_root: Path, embed: Embed | None = Non
     _mine(config, found.passages, [*found.rows, *made], rivals, embed)
     found.rows += [row for row in made if row.negatives]
     return found
+
+
+def _check_weights(config: Stage1DataConfig, rows: Sequence[CollectedRow]) -> None:
+    """Refuse weights of nothing there is, before the slow part; raises `UserError` with the closest name."""
+    sources = {source.name for source in config.sources} | {name for source in config.sources for name in source.drop}
+    known = sources | {row.source for row in rows} | {*PASSAGE_QUERY_KINDS, *SYNTHETIC_KINDS}
+    for name, weight in config.weights.items():
+        if weight > 0 and name not in known:
+            raise unknown("part of the mixture in [data.weights]", name, known)
 
 
 def _excluded(config: Stage1DataConfig, data_root: Path) -> list[Path]:

@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from ...config import check_choices
-from ...errors import UserError, unknown
+from ...errors import UserError
+from ..recipe import check_keys, check_ranges, check_types, read_tables
 
 SYNTHETIC_KINDS = ("facts", "registers", "chains", "quoted", "transcripts", "composed")
 PASSAGE_QUERY_KINDS = ("rule_questions", "keywords", "cloze", "sentences")
@@ -45,7 +45,10 @@ class SourceConfig:
     licence: str = "not stated"
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_choices(self)
+        if self.max_rows is not None and self.max_rows < 1:
+            raise UserError(f"max_rows must be at least 1, got {self.max_rows}. Leave it out to read all rows.")
 
     @property
     def is_documents(self) -> bool:
@@ -111,14 +114,28 @@ class Stage1DataConfig:
     def __post_init__(self) -> None:
         if not self.sources:
             raise UserError("The data section names no source. Add at least one [[data.sources]] table.")
-        for name in ("long_share", "book_padding", "paper_format", "titles", "dev_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} must be a share between 0 and 1, got {getattr(self, name)!r}.")
-        for name in ("min_tokens", "length_group", "max_passage_tokens", "max_keys", "max_stored_passage_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)!r}.")
-        if self.further_questions < 0:
-            raise UserError(f"further_questions must not be negative, got {self.further_questions}.")
+        check_types(self)
+        check_ranges(
+            self,
+            at_least_one=(
+                "min_tokens",
+                "length_group",
+                "max_passage_tokens",
+                "max_keys",
+                "max_pool_bytes",
+                "max_stored_passage_tokens",
+            ),
+            not_negative=(
+                "length_curriculum",
+                "min_hard_negatives",
+                "further_questions",
+                "mined_negatives",
+                "passage_queries",
+            ),
+            inside_unit=(),
+            shares=("long_share", "book_padding", "paper_format", "titles", "dev_fraction"),
+            positive=(),
+        )
         if self.max_tokens < self.min_tokens:
             raise UserError(f"max_tokens={self.max_tokens} is below min_tokens={self.min_tokens}.")
         if self.long_share and self.long_tokens < self.max_tokens:
@@ -135,35 +152,32 @@ class Stage1DataConfig:
 
 
 def stage1_data_config(table: Mapping[str, Any]) -> Stage1DataConfig:
-    """Build the config from the `[data]` table of a recipe; raises `UserError` for unknown or missing keys."""
+    """Build the config from the `[data]` table of a recipe.
+
+    Raises:
+        UserError: unknown or missing keys, values of a wrong type or outside their range.
+    """
     values = dict(table)
-    sources = tuple(_build(SourceConfig, entry) for entry in values.pop("sources", ()))
-    return _build(Stage1DataConfig, {"weights": {}, **values, "sources": sources})
+    entries = values.pop("sources", [])
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise UserError("sources must be a list of tables. Write each under a line [[data.sources]].")
+    sources = tuple(_build(SourceConfig, entry, "[[data.sources]]") for entry in entries)
+    found: Stage1DataConfig = _build(Stage1DataConfig, {"weights": {}, **values, "sources": sources}, "[data]")
+    return found
 
 
 def load_stage1_data_config(path: Path) -> Stage1DataConfig:
-    """Read the `[data]` table of a TOML recipe file."""
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"Can't read the recipe {path}: {error}.") from error
-    if "data" not in content:
-        raise UserError(f"{path} has no [data] table.")
-    return stage1_data_config(content["data"])
+    """Read the `[data]` table of a TOML recipe file; raises `UserError` as `stage1_data_config`, or if it has none."""
+    return stage1_data_config(read_tables(path, "data")["data"])
 
 
-def _build(kind: type[Any], values: Mapping[str, Any]) -> Any:
-    allowed = {entry.name: entry for entry in dataclasses.fields(kind)}
-    for key in values:
-        if key not in allowed:
-            raise unknown("data option", key, allowed)
-    required = {name for name, entry in allowed.items() if _is_required(entry)}
+def _build(kind: type[Any], values: Mapping[str, Any], place: str) -> Any:
+    lists = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    check_keys(kind, lists, "data option")  # first: a missing key is often one that is misspelt
+    required = {entry.name for entry in dataclasses.fields(kind) if _is_required(entry)}
     if missing := sorted(required - set(values)):
-        raise UserError(f"The {kind.__name__} table lacks: {', '.join(missing)}.")
-    for name, value in values.items():
-        if isinstance(allowed[name].default, int | float) and not isinstance(value, int | float):
-            raise UserError(f"{name} must be a number, got {value!r}.")
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        raise UserError(f"A {place} table lacks: {', '.join(missing)}.")
+    return kind(**lists)
 
 
 def _is_required(entry: dataclasses.Field[Any]) -> bool:

@@ -10,6 +10,7 @@ Formats (`SourceConfig.format`):
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,24 +52,34 @@ def _squad(path: Path, source: str, counts: RowCounts) -> Iterator[PairRow]:
     with open_bytes(path) as stream:
         try:
             content = json.load(stream)
-        except ValueError as error:
+        except (ValueError, EOFError, OSError, zlib.error) as error:
             raise UserError(f"{path} is not JSON: {error}. Allowed: a SQuAD file.") from error
     if not isinstance(content, dict) or not isinstance(content.get("data"), list):
         raise UserError(f"{path} is not in SQuAD format: it has no list 'data'.")
-    for article in content["data"]:
+    for article in _objects(content["data"], counts):
         title = _text(article.get("title")).replace("_", " ")
-        for paragraph in article.get("paragraphs", ()):
+        for paragraph in _objects(article.get("paragraphs"), counts):
             yield from _squad_paragraph(paragraph, title, source, counts)
 
 
 def _squad_paragraph(paragraph: dict[str, Any], title: str, source: str, counts: RowCounts) -> Iterator[PairRow]:
     passage = Passage(_text(paragraph.get("context")), title)
-    for question in paragraph.get("qas", ()):
+    positives = (passage,) if passage.text else ()
+    for question in _objects(paragraph.get("qas"), counts):
         if question.get("is_impossible"):
             counts.skip("unanswerable")
             continue
-        answers = _strings([answer.get("text") for answer in question.get("answers", ())])
-        yield PairRow(str(question.get("id")), source, _text(question.get("question")), (passage,), (), answers)
+        answers = _strings([answer.get("text") for answer in _objects(question.get("answers"), counts)])
+        yield PairRow(str(question.get("id")), source, _text(question.get("question")), positives, (), answers)
+
+
+def _objects(values: Any, counts: RowCounts) -> Iterator[dict[str, Any]]:
+    """The objects of a list; what else stands in it is counted as skipped, and what is no list has none."""
+    for value in values if isinstance(values, list) else ():
+        if isinstance(value, dict):
+            yield value
+        else:
+            counts.skip("not a JSON object")
 
 
 def _dpr(path: Path, source: str, counts: RowCounts) -> Iterator[PairRow]:
