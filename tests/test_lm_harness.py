@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from retrolm.errors import UserError
-from retrolm.evaluation.lm_harness import HarnessModel, register
+from retrolm.evaluation.lm_harness import HarnessModel, main, register
 from retrolm.evaluation.plain_prompts import PlainPrompts, cut_at
 from tiny_eval import tiny_lm
 from tiny_folder import save_tiny_model
@@ -111,5 +111,24 @@ def test_the_model_is_filed_with_lm_eval(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_without_lm_eval_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
-    with pytest.raises(UserError, match="pip install lm-eval"):
+    with pytest.raises(UserError, match=r"pip install 'retrolm\[harness\]'"):
         register()
+
+
+def test_its_command_ends_in_a_line_of_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: This needs lm-eval: pip install 'retrolm[harness]'.\n"
+
+
+def test_knobs_of_the_method_can_be_set(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "tiny")
+    options = {"method": "snapkv", "kv_budget": 64, "page_size": 8, "snapkv.observation_window": 5}
+    assert HarnessModel(str(folder), **options)._prompts._lm.method.knobs.observation_window == 5
+    with pytest.raises(UserError, match="Did you mean 'observation_window'"):
+        HarnessModel(str(folder), **{**options, "snapkv.observation_windw": 5})

@@ -111,6 +111,12 @@ def test_presets_of_the_project_name_what_there_is(path: Path) -> None:
         (('kinds = ["prune"]', 'kinds = ["prunes"]'), "Unknown kind of methods 'prunes'"),
         (('title = "Table B: budgets"\n', ""), "lacks title"),
         (("[[tables]]", "[tables]"), "Can't read the preset"),
+        (
+            ('tasks = ["ruler/niah_single_1"]', 'tasks = "ruler/vt"'),
+            "tasks of a TablePlan must be a list, got 'ruler/vt'",
+        ),
+        (("page_size = 32", 'page_size = "32"'), "page_size of a Preset must be a whole number, got '32'"),
+        (("adapter = true", "adapter = 1"), "adapter of a TablePlan must be true or false, got 1"),
     ],
 )
 def test_what_cannot_be_run_is_refused(tmp_path: Path, change: tuple[str, str], message: str) -> None:

@@ -6,13 +6,14 @@ takes all arguments of `lm_eval`; in Python call `register()` first.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from ..engine.model import RetroLM
-from ..errors import UserError
+from ..errors import RetroLMError, UserError
 from .plain_prompts import PlainPrompts
 
 DEFAULT_TOKENS = 256
@@ -24,7 +25,7 @@ def register() -> type[Any]:
         from lm_eval.api.model import LM
         from lm_eval.api.registry import register_model
     except ImportError:
-        raise UserError("This needs lm-eval: pip install lm-eval.") from None
+        raise UserError("This needs lm-eval: pip install 'retrolm[harness]'.") from None
 
     @register_model("retrolm")
     class RetroHarnessModel(HarnessModel, LM):
@@ -41,7 +42,7 @@ class HarnessModel:
     Args:
         pretrained: model name or folder. method: see `retrolm methods`. retriever: as `from_pretrained`.
         batch_size: prompts continued side by side. device: "cuda" or "cpu"; None = a GPU if there is one.
-        options: fields of `RetroConfig` (kv_budget, page_size, …).
+        options: fields of `RetroConfig` (kv_budget, page_size, …), and knobs of the method as METHOD.knob.
     """
 
     def __init__(
@@ -55,9 +56,11 @@ class HarnessModel:
         device: str | None = None,
         **options: Any,
     ) -> None:
+        own = {key: options.pop(key) for key in [*options] if key.startswith(f"{method}.")}
         lm = RetroLM.from_pretrained(
             pretrained,
             method=method,
+            method_options={key.removeprefix(f"{method}."): value for key, value in own.items()},
             retriever=None if retriever == "none" else retriever,
             dtype=dtype,
             device_map=_device(device),
@@ -128,11 +131,15 @@ def _limits(settings: dict[str, Any]) -> tuple[int, tuple[str, ...]]:
 
 
 def main() -> None:
-    """Run lm-eval's own command line with the model known to it."""
-    register()
-    from lm_eval.__main__ import cli_evaluate
+    """Run lm-eval's own command line with the model known to it; what we refuse ends it in one line of error."""
+    try:
+        register()
+        from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+        cli_evaluate()
+    except RetroLMError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

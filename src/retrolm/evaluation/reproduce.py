@@ -28,6 +28,8 @@ from .variants import Variant, variants_of
 ROWS = "rows"
 INDEX = "README.md"
 Kind = Literal["pages", "tokens", "prune", "rag"]
+_TYPES = {"str": (str, "a text"), "int": (int, "a whole number"), "bool": (bool, "true or false")}  # by annotation
+_LIST = ((list, tuple), "a list")
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,10 @@ def load_preset(path: Path) -> Preset:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"Can't read the preset {path}: {error}.") from None
-    tables = tuple(_build(TablePlan, table) for table in content.pop("tables", []))
+    found = content.pop("tables", [])
+    if not isinstance(found, list) or not all(isinstance(table, dict) for table in found):
+        raise UserError(f"tables of {path} must stand under [[tables]], got {found!r}.")
+    tables = tuple(_build(TablePlan, table) for table in found)
     if not tables:
         raise UserError(f"{path} names no table. Add at least one [[tables]].")
     preset: Preset = _build(Preset, {**content, "tables": tables})
@@ -205,6 +210,12 @@ def _check(table: TablePlan) -> None:
             raise UserError(f"lengths of {table.name} must be whole numbers or 'natural', got {length!r}.")
 
 
+def _check_type(field: dataclasses.Field[Any], value: Any, kind: type[Any]) -> None:
+    wanted, words = _TYPES.get(str(field.type), _LIST)
+    if not isinstance(value, wanted) or (isinstance(value, bool) and field.type != "bool"):
+        raise UserError(f"{field.name} of a {kind.__name__} must be {words}, got {value!r}.")
+
+
 def _build(kind: type[Any], values: dict[str, Any]) -> Any:
     known = {item.name: item for item in dataclasses.fields(kind)}
     for key in values:
@@ -213,4 +224,6 @@ def _build(kind: type[Any], values: dict[str, Any]) -> Any:
     needed = [name for name, item in known.items() if item.default is dataclasses.MISSING and name not in values]
     if needed:
         raise UserError(f"A {kind.__name__} lacks {', '.join(needed)}. Add it to the preset.")
+    for key, value in values.items():
+        _check_type(known[key], value, kind)
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
