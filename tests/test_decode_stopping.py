@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from grids import pairs
+from grids import pairs, some
 from retrolm.config import RetroConfig
 from retrolm.engine import fast_decode
 from retrolm.engine.decode_reading import DecodeRequest, Reader
@@ -222,11 +222,11 @@ def story_lm(**options: Any) -> RetroLM:
     return RetroLM(tiny_model("llama", vocab_size=600), tiny_tokenizer(chat=False), config=config)
 
 
-@pytest.mark.parametrize("retrieve_every", [0, 5])
-@pytest.mark.parametrize(("first", "last"), [(4, 6), (2, 3), (7, 10)])
+@pytest.mark.parametrize(("span", "retrieve_every"), some([(4, 6), (2, 3), (7, 10)], [0, 5], each=1))
 @pytest.mark.usefixtures("ahead")
-def test_stop_strings_across_tokens(first: int, last: int, retrieve_every: int) -> None:
+def test_stop_strings_across_tokens(span: tuple[int, int], retrieve_every: int) -> None:
     """The string begins within one token and ends within another."""
+    first, last = span
     lm = story_lm(retrieve_every=retrieve_every)
     ids = torch.stack([random_ids(40, seed) for seed in (1, 2, 3)])
     free = lm.generate(ids, max_new_tokens=20, do_sample=False, decoding="plain")[:, 40:]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from grids import some
 from retrolm.engine.fast_decode import FastDecode
 from retrolm.evaluation.journal import read_lines
 from retrolm.evaluation.plain_prompts import PlainPrompts
@@ -35,8 +36,7 @@ def outcome(found: list[Prediction]) -> list[tuple[object, ...]]:
     return [(p.text, p.num_generated, p.truncated, p.attended_tokens) for p in found]
 
 
-@pytest.mark.parametrize("method", ["retrolm", "recency", "full", "snapkv"])
-@pytest.mark.parametrize("place", [2, 5])
+@pytest.mark.parametrize(("method", "place"), some(["retrolm", "recency", "full", "snapkv"], [2, 5], each=1))
 def test_answers_that_stop_apart_are_the_same(method: str, place: int, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny_lm(method=method)
     reader = RetroReader(lm)

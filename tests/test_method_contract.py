@@ -106,18 +106,11 @@ def test_the_budget_is_kept_and_stated(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nothing_stays_from_sample_to_sample(name: str) -> None:
-    lm = engine(name)
-    before = facts(ask(lm, [prompt_of(0, 600)])[0])
-    ask(lm, [prompt_of(3, 500)])
-    assert facts(ask(lm, [prompt_of(0, 600)])[0]) == before
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_batch_equals_one_at_a_time(name: str) -> None:
+def test_a_batch_equals_one_at_a_time_and_nothing_stays(name: str) -> None:
     lm, prompts = engine(name), [prompt_of(number, length) for number, length in enumerate((640, 420, 555))]
-    together = ask(lm, prompts)
-    assert [own_facts(answer) for answer in together] == [own_facts(ask(lm, [prompt])[0]) for prompt in prompts]
+    together, alone = ask(lm, prompts), [ask(lm, [prompt])[0] for prompt in prompts]
+    assert [own_facts(answer) for answer in together] == [own_facts(answer) for answer in alone]
+    assert facts(ask(lm, prompts[:1])[0]) == facts(alone[0])
 
 
 @pytest.mark.parametrize("name", NAMES)

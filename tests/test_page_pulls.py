@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from grids import some
 from pull_reference import joint_losses
 from retrolm.config import RetroConfig
 from retrolm.engine.adapter import AdapterCard, new_adapter
@@ -87,8 +88,7 @@ def check_against_reference(lm: RetroLM, ids: Tensor, num_prefix: int, program: 
         assert float((got - want).norm()) <= 1e-5 * float(want.norm()) + 1e-12, name  # norms run in float32
 
 
-@pytest.mark.parametrize("num_prefix", [0, 5])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "num_prefix"), some(NAMES, [0, 5], each=1))
 def test_random_sets_equal_the_dense_reference(name: str, num_prefix: int) -> None:
     """T is no whole number of pages; a page is read by many and some by none."""
     model, ids = exact_model(name), random_ids(99)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cli_runner import run_cli
+from grids import some
 from retrolm.config import RetroConfig
 from retrolm.engine.model import RetroLM
 from retrolm.errors import UserError
@@ -173,8 +174,7 @@ def test_pages_outlive_the_step_beyond_the_cap() -> None:
     assert store.stats().hit_rate < 1.0 and store.bytes().device == 5 * shape.page_bytes * shape.num_layers
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize(("name", "bits"), some(["llama", "gemma2"], [8, 4], each=1))
 def test_chunked_is_page_by_page_is_offloaded(name: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poisoned)
     model, ids = tiny_model(name), random_ids(150)

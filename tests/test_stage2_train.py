@@ -55,8 +55,12 @@ def rows(out: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in found]
 
 
+@pytest.mark.slow
 def test_killed_runs_end_with_the_same_bits(documents: Path, tmp_path: Path) -> None:
-    """SIGKILL right after random steps, with a worker reading documents; checkpoints only at every other step."""
+    """SIGKILL right after random steps, with a worker reading documents; checkpoints only at every other step.
+
+    The same in stage 1, which writes its checkpoints by the same code, is part of `make test`.
+    """
     settings = {"num_steps": 9, "log_every": 1, "save_every": 2, "num_workers": 1}
     assert tiny_stage2_trainer(tmp_path / "whole", documents, **settings).run()
     out = tmp_path / "killed"

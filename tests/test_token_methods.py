@@ -91,7 +91,7 @@ def read_naively(model: Any, rule: naive.Rule, ids: list[int], chunk: int, answe
     return reader
 
 
-@pytest.mark.parametrize(("name", "family"), some(list(CASES), FAMILIES, each=3))
+@pytest.mark.parametrize(("name", "family"), some(list(CASES), FAMILIES, each=2))
 def test_methods_equal_their_naive_selves(name: str, family: str) -> None:
     """Logits of every answer step, and what each layer attended, in reading and in each step."""
     model, ids = exact_model(family, seed=3), random_ids(64, seed=5)
