@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from rich.padding import Padding
 from rich.text import Text
 
 from .known_methods import known_methods
@@ -23,4 +22,4 @@ def command(as_json: JsonFlag = False) -> None:
     for entry in found:
         OUT.print(Text.assemble((entry["name"], "bold"), f" · {entry['kind']} · {entry['prefill']} prefill"))
         for key in _LINES:
-            OUT.print(Padding(Text(_LABELS.get(key, "") + entry[key]), (0, 0, 0, 2), expand=False))
+            OUT.print(Text(f"  {_LABELS.get(key, '')}{entry[key]}"), soft_wrap=True)

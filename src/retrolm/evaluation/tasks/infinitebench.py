@@ -9,14 +9,15 @@ from typing import Any, ClassVar, TypeVar
 
 from ... import metrics
 from ...errors import UserError, unknown
-from .files import Source, find_file, read_rows
+from .files import Source, find_file
 from .generated import GeneratedTask
 from .generator import Generator, split_template
 from .infinitebench_generate import GENERATORS
 from .infinitebench_prompts import PROMPT_SETS
 from .prompt import Tokenizer, truncate_middle
+from .row_task import RowTask
 from .sample import EvalSample
-from .task import Task, choose
+from .task import Task
 
 SOURCE = Source(
     title="InfiniteBench",
@@ -67,23 +68,17 @@ BenchT = TypeVar("BenchT", bound=InfiniteBenchTask)
 
 
 @dataclass(frozen=True)
-class BookTask(InfiniteBenchTask):
+class BookTask(InfiniteBenchTask, RowTask):
     """Questions, summaries and choices over novels. A prompt over `length` tokens loses its middle (e.g. 128000)."""
 
-    def samples(
-        self,
-        tokenizer: Tokenizer,
-        length: int | None = None,
-        num_samples: int | None = None,
-        seed: int = 42,
-        data_dir: Path | str | None = None,
-        cache_dir: Path | str | None = None,
-    ) -> list[EvalSample]:
-        """See `Task.samples`."""
-        rows = read_rows(find_file(SOURCE, data_dir, self.task), ("id", "context", "input", "answer", "options"))
-        return [self._sample(tokenizer, row, length) for row in choose(rows, num_samples, seed)]
+    fields: ClassVar[tuple[str, ...]] = ("id", "context", "input", "answer", "options")
 
-    def _sample(self, tokenizer: Tokenizer, row: dict[str, Any], length: int | None) -> EvalSample:
+    def file(self, data_dir: Path | str | None) -> Path:
+        """See `RowTask.file`."""
+        return find_file(SOURCE, data_dir, self.task)
+
+    def sample(self, tokenizer: Tokenizer, row: dict[str, Any], length: int | None) -> EvalSample:
+        """See `RowTask.sample`."""
         options = dict(zip("ABCD", row["options"], strict=False))
         parts = split_template(self.template, row["context"], question=row["input"], **options)
         context, question = truncate_middle(tokenizer, *parts, length)

@@ -6,15 +6,15 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ... import metrics
-from .files import Source, find_file, read_rows
+from .files import Source, find_file
 from .generator import split_template
 from .longbench_sets import EXTENDED_SETS, SETS, LongBenchSet, Metric
 from .prompt import Tokenizer, truncate_middle
+from .row_task import RowTask
 from .sample import EvalSample
-from .task import Task, choose
 
 SOURCE = Source(
     title="LongBench",
@@ -34,7 +34,6 @@ SOURCE = Source(
     hub_repo="THUDM/LongBench",
     hub_file="data.zip",
 )
-FIELDS = ("_id", "context", "input", "answers", "length", "all_classes")
 _QUESTION_LINES = 11  # ten lines of code and "Next line of code:"
 
 
@@ -77,34 +76,27 @@ def first_line(prediction: str) -> str:
 
 
 @dataclass(frozen=True)
-class LongBenchTask(Task):
+class LongBenchTask(RowTask):
     """One data set. `length` is the official `max_length`: a longer prompt loses its middle (e.g. 31500).
 
     LongBench-E rows carry their length class ("0-4k", "4-8k", "8k+", in words) as extra "bucket".
     """
 
     extended: bool = False
+    fields: ClassVar[tuple[str, ...]] = ("_id", "context", "input", "answers", "length", "all_classes")
 
     @property
     def settings(self) -> LongBenchSet:
         """Prompt, limit and metric of the data set."""
         return SETS[self.name.split("/")[1]]
 
-    def samples(
-        self,
-        tokenizer: Tokenizer,
-        length: int | None = None,
-        num_samples: int | None = None,
-        seed: int = 42,
-        data_dir: Path | str | None = None,
-        cache_dir: Path | str | None = None,
-    ) -> list[EvalSample]:
-        """See `Task.samples`."""
+    def file(self, data_dir: Path | str | None) -> Path:
+        """See `RowTask.file`."""
         stem = self.name.split("/")[1] + ("_e" if self.extended else "")
-        rows = read_rows(find_file(SOURCE, data_dir, stem), FIELDS)
-        return [self._sample(tokenizer, row, length) for row in choose(rows, num_samples, seed)]
+        return find_file(SOURCE, data_dir, stem)
 
-    def _sample(self, tokenizer: Tokenizer, row: dict[str, Any], length: int | None) -> EvalSample:
+    def sample(self, tokenizer: Tokenizer, row: dict[str, Any], length: int | None) -> EvalSample:
+        """See `RowTask.sample`."""
         whole, question = _split(self.settings, row)
         context, question = truncate_middle(tokenizer, whole, question, length, drop_odd=True)
         extra = self._extra(row)

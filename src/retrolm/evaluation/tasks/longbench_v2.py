@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ...metrics import longbench_v2_choice
-from .files import Source, find_file, read_rows
+from .files import Source, find_file
 from .generator import split_template
 from .prompt import Tokenizer, truncate_middle
+from .row_task import RowTask
 from .sample import EvalSample
-from .task import Task, choose
 
 # Protocol data of THUDM/LongBench (MIT), prompts/0shot.txt.
 PROMPT = (
@@ -34,30 +34,25 @@ SOURCE = Source(
     hub_file="data.json",
 )
 CHOICES = ("choice_A", "choice_B", "choice_C", "choice_D")
-FIELDS = ("_id", "context", "question", "answer", "difficulty", "length", "domain", *CHOICES)
 
 
 @dataclass(frozen=True)
-class LongBenchV2Task(Task):
+class LongBenchV2Task(RowTask):
     """All questions; extra tells their "difficulty", "length_class" (short, medium, long) and "domain".
 
     `length` is the most tokens of a prompt before chat wrapping: a longer one loses its middle.
     """
 
-    def samples(
-        self,
-        tokenizer: Tokenizer,
-        length: int | None = None,
-        num_samples: int | None = None,
-        seed: int = 42,
-        data_dir: Path | str | None = None,
-        cache_dir: Path | str | None = None,
-    ) -> list[EvalSample]:
-        """See `Task.samples`."""
-        rows = read_rows(find_file(SOURCE, data_dir), FIELDS)
-        return [self._sample(tokenizer, row, length) for row in choose(rows, num_samples, seed)]
+    fields: ClassVar[tuple[str, ...]] = (
+        "_id", "context", "question", "answer", "difficulty", "length", "domain", *CHOICES
+    )  # fmt: skip
 
-    def _sample(self, tokenizer: Tokenizer, row: dict[str, Any], length: int | None) -> EvalSample:
+    def file(self, data_dir: Path | str | None) -> Path:
+        """See `RowTask.file`."""
+        return find_file(SOURCE, data_dir)
+
+    def sample(self, tokenizer: Tokenizer, row: dict[str, Any], length: int | None) -> EvalSample:
+        """See `RowTask.sample`."""
         values = {letter: row[f"choice_{letter}"].strip() for letter in "ABCD"}
         parts = split_template(PROMPT, row["context"].strip(), question=row["question"].strip(), **values)
         context, question = truncate_middle(tokenizer, *parts, length)
