@@ -74,6 +74,11 @@ def test_what_cannot_be_run_is_refused(model: Path, tmp_path: Path, words: list[
     assert not (tmp_path / "samples.jsonl").exists() or (tmp_path / "samples.jsonl").read_bytes() == b""
 
 
+def test_a_refused_run_leaves_no_folder(model: Path, tmp_path: Path) -> None:
+    words = evaluate(model, "--task", "ruler/vt", "--lengths", "1000", "--retriever", "nix", "--out", tmp_path / "rows")
+    assert run_cli(*words).code == 2 and not (tmp_path / "rows").exists()
+
+
 @pytest.mark.parametrize(
     ("content", "parts"),
     [

@@ -88,12 +88,12 @@ def evaluate(
 
     known_methods()
     variants = with_adapters(variants_of(method, kv_budget, backbone.retriever), adapter)
-    assert out is not None
-    check_folder(out)
     options = AnswererOptions(engine, backbone.label, keep_pages, knobs)
     with open_answerer(options, ray, shards) as answerer:
         for variant in variants:
             answerer.facts(variant)  # what can't be opened is refused before any work is done
+        assert out is not None
+        check_folder(out)
         made = sets.make(bare_tokenizer(backbone.model))
         with EvalScreen(len(made) * len(variants)) as events:
             runner = Runner(

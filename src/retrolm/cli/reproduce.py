@@ -48,11 +48,11 @@ def command(
     plan = load_preset(preset)
     plan = dataclasses.replace(plan, model=model or plan.model)
     plan = plan if samples is None else plan.with_samples(samples)
-    check_folder(out / ROWS)
     fetch_if_missing(plan.model)
     backbone = BackboneOptions(model=plan.model, page_size=plan.page_size, dtype=dtype)
     engine = backbone.engine(kv_budget=plan.largest_budget, chunk_pages=plan.chunk_pages)
     engine.check()
+    check_folder(out / ROWS)
     data = DataOptions(None, plan.seed, data_dir, cache_dir, parse_task_options(task_option))
     tables, not_run = prepare(plan, bare_tokenizer(plan.model), data, adapter)
     for line in not_run:
