@@ -105,7 +105,8 @@ class TokenSelect(TokenMethod):
         shares = logits.masked_fill(others[:, None], -torch.inf).softmax(-1)
         if view.new.has_padding or min(view.new.before) < max(view.new.before):
             shares = shares.nan_to_num(0.0)  # of a sample without candidates
-        votes = shares.sum((1, 2))[:, None]
+        # In float32: a token's keys of the first layer are equal wherever it stands, and float64 may round them apart.
+        votes = shares.sum((1, 2))[:, None].float()
         if self.knobs.pool > 1:
             pad = self.knobs.pool // 2
             votes = torch.nn.functional.max_pool1d(votes, self.knobs.pool, 1, pad)[..., : votes.shape[-1]]
