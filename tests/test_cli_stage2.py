@@ -166,11 +166,18 @@ def test_excerpts_begin_at_a_line_break() -> None:
         (["--set", "attention=dense"], ["attention='dense'", "full, sparse"]),
         (["--stop-after", "-1"], ["--stop-after"]),
         (["--set", "retriever=nix"], ["No page retriever 'nix'"]),
+        (["--set", "num_workers=1", "--set", "data.path=nix"], ["error: ", "nix is no document source"]),
     ],
 )
 def test_wrong_options_are_refused(options: list[str], parts: list[str], bench: Path) -> None:
     train(bench, "refused", *options).refused_in_one_line(*parts)
     assert not (bench / "refused").exists()
+
+
+def test_out_must_be_a_folder(bench: Path) -> None:
+    (bench / "file").write_text("mine")
+    for options in ([], ["--resume"]):
+        train(bench, "file", *options).refused_in_one_line("is a file, where a folder is needed")
 
 
 def test_row_text() -> None:

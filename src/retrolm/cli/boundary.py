@@ -91,7 +91,7 @@ def _explain(error: BaseException) -> int:
         # the reader of our output has gone; keep the interpreter from complaining about it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    if isinstance(error, OSError) and error.errno in NO_SPACE:
+    if f"(os error {errno.ENOSPC})" in str(error) or (isinstance(error, OSError) and error.errno in NO_SPACE):
         error_line(f"No space left on the disk{_about(error)}. Make room, then try again.")
         return 2
     if isinstance(error, RetroLMError):
@@ -105,8 +105,9 @@ def _explain(error: BaseException) -> int:
     return 1
 
 
-def _about(error: OSError) -> str:
-    return f" while writing {error.filename}" if error.filename else ""
+def _about(error: BaseException) -> str:
+    name = getattr(error, "filename", None)
+    return f" while writing {name}" if name else ""
 
 
 def _usage_error(error: Any) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +15,7 @@ import torch
 from ..errors import UserError
 
 CHECKPOINT_FILE = "checkpoint.pt"
+_NEARLY_NOTHING = 1 << 20  # bytes free on a disk that has just refused some
 
 
 @dataclass
@@ -36,7 +40,14 @@ def save_state(folder: Path, state: TrainState) -> None:
     """Replace the checkpoint in `folder`; the one before stays until the new one is whole."""
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / (CHECKPOINT_FILE + ".part")
-    torch.save(state.__dict__, part)
+    try:
+        torch.save(state.__dict__, part)
+    except RuntimeError as error:  # torch doesn't say that the disk is full
+        full = shutil.disk_usage(folder).free < _NEARLY_NOTHING
+        part.unlink(missing_ok=True)
+        if full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / CHECKPOINT_FILE)) from error
+        raise
     part.replace(folder / CHECKPOINT_FILE)
 
 
@@ -50,6 +61,12 @@ def load_state(folder: Path) -> TrainState | None:
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"The checkpoint {path} can't be read ({reason}). Delete it to start anew.") from None
+
+
+def refuse_file(folder: Path) -> None:
+    """Raise `UserError` if `folder` is a file, before a run finds out when it first saves."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, where a folder is needed. Name another --out.")
 
 
 def refuse_overwriting(folder: Path) -> None:

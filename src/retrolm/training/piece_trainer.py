@@ -29,6 +29,7 @@ from .processes import new_accelerator, own_share
 from .recipe import Recipe, model_name
 from .run_log import Log
 from .schedule import learning_rate
+from .worker_errors import from_workers, quiet_worker
 
 
 class PieceTrainer(TrainingLoop[Tensor]):
@@ -181,7 +182,14 @@ class PieceTrainer(TrainingLoop[Tensor]):
         first = self.step * self.recipe.train.accumulate * (size or 1) + self.accelerator.process_index
         processes = self.accelerator.num_processes
         stream = PieceStream(self.recipe.data, self.lm.tokenizer, self.data_root, first, processes, self._never)
-        return iter(DataLoader(stream, batch_size=size, num_workers=workers, prefetch_factor=8 if workers else None))
+        loader: DataLoader[Tensor] = DataLoader(
+            stream,
+            batch_size=size,
+            num_workers=workers,
+            prefetch_factor=8 if workers else None,
+            worker_init_fn=quiet_worker,
+        )
+        return from_workers(loader)
 
     def _new_card(self, kind: str, **details: Any) -> AdapterCard:
         """The card of what is trained: whose backbone it belongs to, and by which recipe."""

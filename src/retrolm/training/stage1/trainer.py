@@ -30,6 +30,7 @@ from ..processes import new_accelerator, own_share
 from ..recipe import model_name
 from ..run_log import Log
 from ..schedule import learning_rate
+from ..worker_errors import from_workers, quiet_worker
 from .ahead import ReadAhead, ReadBatch
 from .backbone import check_sharing, check_window
 from .batches import Collate, Stage1Batch, micro_batches
@@ -281,8 +282,9 @@ class Stage1Trainer(TrainingLoop[ReadBatch]):
             num_workers=train.num_workers,
             prefetch_factor=4 if train.num_workers else None,
             pin_memory=self.lm.device.type == "cuda",
+            worker_init_fn=quiet_worker,
         )
-        return iter(loader)
+        return from_workers(loader)
 
     def _identity(self) -> dict[str, Any]:
         manifest = (self._pool / "manifest.json").read_bytes()

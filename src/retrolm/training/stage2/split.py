@@ -74,9 +74,19 @@ def excerpt(text: str, chars: int) -> str:
 
 def _write(path: Path, documents: Iterable[Document]) -> dict[str, int]:
     part = path.with_suffix(".part")
+    try:
+        counts = _write_rows(part, documents)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    part.replace(path)
+    return counts
+
+
+def _write_rows(path: Path, documents: Iterable[Document]) -> dict[str, int]:
     counts = {"documents": 0, "chars": 0, "turns": 0}
     # Without name and time in its head the file depends on the texts alone.
-    with part.open("wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as file:
+    with path.open("wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as file:
         for document in documents:
             row: dict[str, Any] = {"title": document.title, "text": document.text}
             row |= {"turns": document.turns} if document.turns else {}
@@ -84,5 +94,4 @@ def _write(path: Path, documents: Iterable[Document]) -> dict[str, int]:
             counts["documents"] += 1
             counts["chars"] += len(document.text)
             counts["turns"] += len(document.turns)
-    part.replace(path)
     return counts
