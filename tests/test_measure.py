@@ -138,3 +138,15 @@ def test_two_jobs_of_one_name_and_names_of_no_job(tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize("path", sorted((SCRIPTS.parent / "configs" / "measure").glob("*.toml")), ids=lambda p: p.stem)
 def test_the_lists_that_come_along_can_be_read(path: Path, tmp_path: Path) -> None:
     assert measure.read_lists([path], measure.settings(["data=D", "pools=P", "stage2=S"], tmp_path))
+
+
+def test_an_adapter_trained_with_its_retriever_is_measured_with_it() -> None:
+    jobs = measure.read_lists(
+        [SCRIPTS.parent / "configs" / "measure" / "training.toml"],
+        measure.settings(["data=DATA", "pools=POOLS", "stage2=STAGE2"], Path("ROOT")),
+    )
+    joint = [job for job in jobs if "_joint/run/adapter" in job.run]
+    assert len(joint) == 2
+    for job in joint:
+        folder = job.run.partition("--adapter ")[2].partition("/adapter")[0]
+        assert f"--retriever {folder}/retriever" in job.run
