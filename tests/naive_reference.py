@@ -32,6 +32,7 @@ class NaiveOptions:
     score_rope: bool = False
     causal_selection: bool = False
     selection_scope: str = "layer"
+    question_positions: str = "compact"
 
     @property
     def marks(self) -> int:
@@ -278,16 +279,30 @@ class NaiveRetroLM:
         """Chosen pages right before the page, in order, without holes; then the page itself."""
         begin = 1000  # any place will do: only distances matter
         entries, position = [], begin
+        left_out = self._left_out(index, page, chosen)
         for i in reversed(chosen):
             for key, value in reversed(self._stored(index, self.pages[i])):
                 position -= 1
-                entries.append((position, key, value))
+                entries.append((position - left_out[i], key, value))
         for token in range(len(page.tokens)):
             entries.append((begin + token, page.keys[index][token], page.values[index][token]))
         turned = [(at, self._turn(index, key, at), value) for at, key, value in entries]
         window = self._window(index)
         rows = [self._softmax_rows(index, query, begin + t, turned, window) for t, query in enumerate(queries)]
         return np.stack(rows)
+
+    def _left_out(self, index: int, page: NaivePage, chosen: list[int]) -> dict[int, int]:
+        """How much further each chosen page stands than side by side with the others."""
+        apart = dict.fromkeys(chosen, 0)
+        if not page.is_question or self.options.question_positions == "compact" or not chosen:
+            return apart
+        attended = 0
+        for i in reversed(chosen):
+            attended += len(self.pages[i].tokens) + self.options.marks
+            apart[i] = page.start - self.pages[i].start - attended
+        limit = min(self.config.max_position_embeddings, self._window(index) or self.config.max_position_embeddings)
+        room, most = max(limit - self.options.kv_budget - attended, 0), max(apart.values())
+        return {i: left * room // most if most > room else left for i, left in apart.items()}
 
     def _stored(self, index: int, page: NaivePage) -> list[tuple[Vectors, Vectors]]:
         """What later rows may see of a page: its tokens and, where it is visible, its bookmark behind them."""

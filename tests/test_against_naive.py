@@ -172,6 +172,35 @@ def test_question_page_and_decoding(name: str, question_tokens: int) -> None:
     check_answer(lm, naive, random_ids(question_tokens, 5).tolist())
 
 
+DISTANT: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("llama-mqa", {"bookmarks": "visible"}),
+    ("llama-yarn", {}),
+    ("qwen2", {"selection_scope": "head"}),
+    ("gemma2", {}),
+    ("gemma3", {"first_layer_mode": "full"}),
+    ("mistral-sliding", {}),
+    ("phi3", {}),
+    ("llama-dynamic", {"num_skip_layers": 0}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), DISTANT, ids=str)
+def test_pages_at_their_true_distances(name: str, options: dict[str, Any]) -> None:
+    """What a question and its answer attend stands as far away as in the text."""
+    lm, naive = pair(name, kv_budget=4 * W, question_positions="true", **options)
+    check_answer(lm, naive, random_ids(5, 5).tolist())
+
+
+@pytest.mark.parametrize("num_positions", [48, 64, 71])
+def test_distances_shrink_to_fit_the_window(num_positions: int) -> None:
+    """67 tokens of text: none left out counts, some, nearly all."""
+    model = {"kv_budget": 4 * W, "question_positions": "true"}
+    lm, naive = pair("llama", **model)
+    lm.model.config.max_position_embeddings = num_positions
+    check_answer(lm, naive, random_ids(5, 5).tolist())
+
+
 def check_answer(lm: RetroLM, naive: NaiveRetroLM, question: list[int]) -> tuple[Any, NaivePage]:
     """Ask a text of 67 tokens, hold logits and choices to the naive decode, and return the query of both."""
     text = random_ids(67).tolist()

@@ -55,6 +55,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"bookmark_span": "page"}),
     ("llama", {"score_rope": True}),
     ("llama", {"retrieve_every": 4}),
+    ("llama", {"question_positions": "true"}),
+    ("qwen2", {"question_positions": "true", "store_bits": 8, "bookmarks": "visible"}),
     ("llama", {"selection_scope": "head"}),
     ("llama", {"store_bits": 8}),
     ("llama", {"device_kv_bytes": 12 * 2 * W * 2 * 12 * 8 * 4}),

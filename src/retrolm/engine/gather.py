@@ -56,6 +56,7 @@ def lay_out(
     window: int | None,
     dtype: torch.dtype,
     device: torch.device,
+    left_out_nS: Tensor | None = None,
 ) -> SetLayout:
     """Lay out [selected pages | own pages] of `n` pages (one row stands for all where they are alike).
 
@@ -65,6 +66,7 @@ def lay_out(
         own_lengths_nO: own tokens per own slot. own_starts_nO: first own token's place inside its slot.
         end_n: compact position of the first own token.
         device: where the layout is used.
+        left_out_nS: by how many tokens more each selected page stands before the own ones; None = none.
     """
     known = not past_lengths_nS.is_cuda
     past = place(past_lengths_nS, past_starts_nS, end_n, page_size)
@@ -73,14 +75,18 @@ def lay_out(
     valid = torch.cat([past.valid, own.valid], 1)
     span = _span(valid) if known else slice(0, valid.shape[1])
     valid = valid[:, span]
-    positions = torch.cat([past.positions, own.positions], 1)[:, span]
+    past_positions = past.positions
+    if left_out_nS is not None:
+        past_positions = past_positions - left_out_nS.repeat_interleave(page_size, 1)
+    positions = torch.cat([past_positions, own.positions], 1)[:, span]
     q_positions = end_n[:, None] + torch.arange(num_queries, device=end_n.device)
     plain = known and _is_plain(valid, positions, own_tokens_n, num_queries, window)
     bias = None
     if not (plain and causal_needs_no_mask(device, dtype)):
         bias = bias_from(_allowed(valid, positions, q_positions, window).to(device, non_blocking=True), dtype)
     cos_q, sin_q = rope.at(q_positions.to(device, non_blocking=True))
-    cos_k, sin_k = rope.at(positions.to(device, non_blocking=True))
+    at_keys = rope.at if left_out_nS is None else rope.at_signed
+    cos_k, sin_k = at_keys(positions.to(device, non_blocking=True))
     cos_q, sin_q, cos_k, sin_k = (x[:, :, None] for x in (cos_q, sin_q, cos_k, sin_k))
     return SetLayout(span, valid, valid.sum(1).max(), cos_q, sin_q, cos_k, sin_k, bias)
 

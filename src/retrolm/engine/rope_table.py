@@ -63,6 +63,16 @@ class RopeTable:
         positions = positions.to(self._cos.device)
         return self._cos[positions], self._sin[positions]
 
+    def at_signed(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The same at positions that can be negative: a rotation the other way round."""
+        cos, sin = self.at(positions.abs())
+        return cos, torch.where(positions.to(sin.device)[..., None] < 0, -sin, sin)
+
+    @property
+    def limit(self) -> int | None:
+        """Positions allowed, or None for any."""
+        return self._limit
+
     def require(self, num_positions: int) -> None:
         """Make sure positions below `num_positions` are in the table; raises `UserError` past the limit."""
         if self._limit is not None and num_positions > self._limit:

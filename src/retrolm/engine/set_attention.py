@@ -25,6 +25,7 @@ from .page_choice import PageSets
 from .page_rows import RunRows, TokenRows
 from .prefill_parts import PrefillParts
 from .set_runs import SetRun, joint_runs, most_pages, set_runs
+from .true_distances import leaves_out, left_out, reach
 
 
 class SetAttention:
@@ -45,6 +46,7 @@ class SetAttention:
         self._layouts: dict[tuple[object, ...], SetLayout] = {}
         self._blocks: dict[int, DenseBlock] = {}
         self._pages: dict[tuple[object, ...], RunRows] = {}
+        self._stands_apart = parts.config.question_positions == "true" and leaves_out(group)
         self._bounds = [0, *accumulate(group.lengths.sum(1).tolist())]
         self.attended: list[Tensor] = []
 
@@ -137,7 +139,7 @@ class SetAttention:
     def _layout(self, layer: int, on: GroupTensors, run: SetRun, picked_nS: Tensor) -> SetLayout:
         info = self._parts.backbone.layers[layer]
         kind = (info.window, info.layer_type, info.device)
-        if run.alike is None:
+        if run.alike is None or self._stands_apart:
             layout = self._lay_out_chosen(layer, on, run, picked_nS)
         elif kind in run.layouts:
             layout = run.layouts[kind]
@@ -171,8 +173,23 @@ class SetAttention:
 
     def _lay_out_chosen(self, layer: int, on: GroupTensors, run: SetRun, picked_nS: Tensor) -> SetLayout:
         lengths, starts = _room_of(picked_nS, on.table_lengths, on.table_starts)
-        own = (_repeated(x[run.rows], len(picked_nS)) for x in (on.own_lengths, on.own_starts, on.ends))
-        return self._lay_out(layer, run, lengths, starts, *own)
+        own = [_repeated(x[run.rows], len(picked_nS)) for x in (on.own_lengths, on.own_starts, on.ends)]
+        apart = self._left_out(layer, on, run, picked_nS, lengths) if self._stands_apart else None
+        return self._lay_out(layer, run, lengths, starts, own[0], own[1], own[2], apart)
+
+    def _left_out(
+        self, layer: int, on: GroupTensors, run: SetRun, picked_nS: Tensor, lengths_nS: Tensor
+    ) -> Tensor | None:
+        """How much further questions' pages stand, in layers that choose pages and reach far enough; else None."""
+        backbone = self._parts.backbone
+        most = reach(backbone, layer, self._parts.config.kv_budget)
+        if most <= 0 or not backbone.retrieves(layer):
+            return None
+        backbone.rope(layer).require(min(most, self._group.table.num_tokens) + 1)
+        total_P = on.table_lengths.cumsum(0)
+        ends_n = on.ordinals[run.rows] + (on.firsts[run.rows, 0] if len(on.firsts) else 0)
+        texts_n = _repeated(total_P[ends_n - 1], len(picked_nS))
+        return left_out(picked_nS, lengths_nS, total_P - on.table_lengths, texts_n, most)
 
     def _lay_out(
         self,
@@ -183,6 +200,7 @@ class SetAttention:
         own_lengths_nO: Tensor,
         own_starts_nO: Tensor,
         ends_n: Tensor,
+        left_out_nS: Tensor | None = None,
     ) -> SetLayout:
         backbone = self._parts.backbone
         info = backbone.layers[layer]
@@ -198,6 +216,7 @@ class SetAttention:
             info.window,
             backbone.dtype,
             info.device,
+            left_out_nS,
         )
 
 
