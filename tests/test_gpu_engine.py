@@ -77,6 +77,19 @@ def test_a_capped_device_tier_changes_nothing(name: str, num_slots: int) -> None
     assert torch.equal(*out)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_questions_at_true_distances_are_answered_as_on_a_processor(name: str) -> None:
+    """A batch of texts of several lengths: the captured loop there, `generate` here."""
+    rows = [random_ids(n, n) for n in (163, 30, 131)]
+    found = []
+    for device in ("cuda", "cpu"):
+        lm = make(name, device=device, question_positions="true")
+        documents = lm.read(rows)
+        asked = [(document, random_ids(5, 5).tolist()) for document in documents]
+        found.append([answer.token_ids for answer in lm.ask_batch(asked, max_new_tokens=12, eos_token_id=None)])
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral-sliding", "gemma3"])
 def test_half_precision_under_forced_selections(name: str, dtype: torch.dtype) -> None:
@@ -134,9 +147,11 @@ def test_no_option_makes_a_layer_wait(options: dict[str, Any], no_waiting: None)
     make("llama", torch.bfloat16, **options).logits(random_ids(200))
 
 
-def test_questions_and_turns_do_not_wait(no_waiting: None) -> None:
+@pytest.mark.parametrize("positions", ["compact", "true"])
+def test_questions_and_turns_do_not_wait(positions: str, no_waiting: None) -> None:
     """Behind turns stand short pages: only the device knows whether they were chosen."""
-    talk = make("llama", torch.float32, vocab_size=600, kv_budget=64).read(STORY).conversation()
+    lm = make("llama", torch.float32, vocab_size=600, kv_budget=64, question_positions=positions)
+    talk = lm.read(STORY).conversation()
     for question in ("Who counted?", "And then?", "Why?"):
         talk.ask(question, raw=True, max_new_tokens=5)
 
