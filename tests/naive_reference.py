@@ -32,7 +32,7 @@ class NaiveOptions:
     score_rope: bool = False
     causal_selection: bool = False
     selection_scope: str = "layer"
-    question_positions: str = "compact"
+    page_positions: str = "compact"
 
     @property
     def marks(self) -> int:
@@ -294,7 +294,8 @@ class NaiveRetroLM:
     def _left_out(self, index: int, page: NaivePage, chosen: list[int]) -> dict[int, int]:
         """How much further each chosen page stands than side by side with the others."""
         apart = dict.fromkeys(chosen, 0)
-        if not page.is_question or self.options.question_positions == "compact" or not chosen:
+        wanted = {"compact": False, "true_for_questions": page.is_question, "true": True}[self.options.page_positions]
+        if not wanted or not chosen:
             return apart
         attended = 0
         for i in reversed(chosen):

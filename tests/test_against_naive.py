@@ -98,6 +98,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"selection_scope": "head"},
     {"selection_scope": "head", "first_layer_mode": "mean_key", "num_local_pages": 0, "causal_selection": True},
     {"kv_budget": 4 * W + 5},
+    {"page_positions": "true"},
 ]
 
 
@@ -187,15 +188,16 @@ DISTANT: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("name", "options"), DISTANT, ids=str)
 def test_pages_at_their_true_distances(name: str, options: dict[str, Any]) -> None:
-    """What a question and its answer attend stands as far away as in the text."""
-    lm, naive = pair(name, kv_budget=4 * W, question_positions="true", **options)
-    check_answer(lm, naive, random_ids(5, 5).tolist())
+    """A question and its answer, behind pages that were read side by side, and behind such as were not."""
+    for positions in ("true_for_questions", "true"):
+        lm, naive = pair(name, kv_budget=4 * W, page_positions=positions, **options)
+        check_answer(lm, naive, random_ids(5, 5).tolist())
 
 
 @pytest.mark.parametrize("num_positions", [48, 64, 71])
 def test_distances_shrink_to_fit_the_window(num_positions: int) -> None:
     """67 tokens of text: none left out counts, some, nearly all."""
-    model = {"kv_budget": 4 * W, "question_positions": "true"}
+    model = {"kv_budget": 4 * W, "page_positions": "true"}
     lm, naive = pair("llama", **model)
     lm.model.config.max_position_embeddings = num_positions
     check_answer(lm, naive, random_ids(5, 5).tolist())

@@ -83,7 +83,7 @@ def test_questions_at_true_distances_are_answered_as_on_a_processor(name: str) -
     rows = [random_ids(n, n) for n in (163, 30, 131)]
     found = []
     for device in ("cuda", "cpu"):
-        lm = make(name, device=device, question_positions="true")
+        lm = make(name, device=device, page_positions="true")
         documents = lm.read(rows)
         asked = [(document, random_ids(5, 5).tolist()) for document in documents]
         found.append([answer.token_ids for answer in lm.ask_batch(asked, max_new_tokens=12, eos_token_id=None)])
@@ -137,6 +137,7 @@ def test_no_layer_waits_for_the_device(name: str, bypass: bool, no_waiting: None
         {"first_layer_mode": "full"},
         {"num_local_pages": 0},
         {"selection_scope": "head"},
+        {"page_positions": "true"},
         {"method": "mean_key"},
         {"method": "quest_pages"},
         {"method": "random"},
@@ -147,10 +148,10 @@ def test_no_option_makes_a_layer_wait(options: dict[str, Any], no_waiting: None)
     make("llama", torch.bfloat16, **options).logits(random_ids(200))
 
 
-@pytest.mark.parametrize("positions", ["compact", "true"])
+@pytest.mark.parametrize("positions", ["compact", "true_for_questions", "true"])
 def test_questions_and_turns_do_not_wait(positions: str, no_waiting: None) -> None:
     """Behind turns stand short pages: only the device knows whether they were chosen."""
-    lm = make("llama", torch.float32, vocab_size=600, kv_budget=64, question_positions=positions)
+    lm = make("llama", torch.float32, vocab_size=600, kv_budget=64, page_positions=positions)
     talk = lm.read(STORY).conversation()
     for question in ("Who counted?", "And then?", "Why?"):
         talk.ask(question, raw=True, max_new_tokens=5)

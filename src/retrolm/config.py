@@ -38,9 +38,10 @@ class RetroConfig:
         score_rope: rotate bookmark queries and keys to their true page index before scoring (D3).
         causal_selection: choose the pages of page i with the bookmark of page i-1, so that no token sees a
             choice made with knowledge of later tokens (D22).
-        question_positions: where the pages stand that a question and its answer attend: "compact" = side by side, as
-            while reading (D6 b); "true" = as far before the question as in the text. In a text longer than the
-            model's window, what a question leaves out between pages shrinks in proportion, until all is within it.
+        page_positions: where the pages stand that are attended: "compact" = side by side (D6 b); "true" = as far before
+            the page that attends them as in the text; "true_for_questions" = so for questions and answers, side by
+            side while reading. In a text longer than the model's window, what is left out between pages shrinks in
+            proportion, until all is within it. "true" reads more slowly.
         retrieve_every: retrieve again after this many generated tokens; 0 = once per question (D12).
         chunk_pages: pages encoded in one forward pass; any value gives the same result (D10). 0 = as many as suit the
             device.
@@ -65,7 +66,7 @@ class RetroConfig:
     selection_scope: Literal["layer", "head"] = "layer"
     score_rope: bool = False
     causal_selection: bool = False
-    question_positions: Literal["compact", "true"] = "compact"
+    page_positions: Literal["compact", "true_for_questions", "true"] = "compact"
     retrieve_every: int = 0
     chunk_pages: int = 0
     dense_bypass: bool = True

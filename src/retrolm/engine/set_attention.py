@@ -25,7 +25,7 @@ from .page_choice import PageSets
 from .page_rows import RunRows, TokenRows
 from .prefill_parts import PrefillParts
 from .set_runs import SetRun, joint_runs, most_pages, set_runs
-from .true_distances import leaves_out, left_out, reach
+from .true_distances import left_out, reach, stands_apart
 
 
 class SetAttention:
@@ -46,7 +46,7 @@ class SetAttention:
         self._layouts: dict[tuple[object, ...], SetLayout] = {}
         self._blocks: dict[int, DenseBlock] = {}
         self._pages: dict[tuple[object, ...], RunRows] = {}
-        self._stands_apart = parts.config.question_positions == "true" and leaves_out(group)
+        self._stands_apart = stands_apart(group, parts.config)
         self._bounds = [0, *accumulate(group.lengths.sum(1).tolist())]
         self.attended: list[Tensor] = []
 
@@ -180,10 +180,10 @@ class SetAttention:
     def _left_out(
         self, layer: int, on: GroupTensors, run: SetRun, picked_nS: Tensor, lengths_nS: Tensor
     ) -> Tensor | None:
-        """How much further questions' pages stand, in layers that choose pages and reach far enough; else None."""
+        """How much further pages stand than side by side, in layers that choose pages and reach far enough."""
         backbone = self._parts.backbone
         most = reach(backbone, layer, self._parts.config.kv_budget)
-        if most <= 0 or not backbone.retrieves(layer):
+        if most <= 0 or not backbone.retrieves(layer) or picked_nS.shape[1] == 0:
             return None
         backbone.rope(layer).require(min(most, self._group.table.num_tokens) + 1)
         total_P = on.table_lengths.cumsum(0)
