@@ -276,6 +276,7 @@ def test_the_command_lists_its_files_and_refuses_empty_folders(tmp_path: Path) -
         ("samples.jsonl.gz", b"not packed\n", ["can't be unpacked"]),
         ("samples.jsonl.gz", gzip.compress(json.dumps(list(range(999))).encode())[:40], ["can't be unpacked"]),
     ],
+    ids=["empty", "no row", "no text", "not packed", "cut off"],
 )
 def test_broken_files_of_rows_are_refused_in_one_line(
     tmp_path: Path, name: str, content: bytes, parts: list[str]
