@@ -227,3 +227,12 @@ def test_a_fresh_process_knows_the_rag_methods() -> None:
     words = ["eval", "--task", "ruler/vt", "--out", "x", "--model", "/no/such-model", "--method", "rag_bm25"]
     found = printed(*start(run_cli, *words))
     assert "code=2" in found and "/no/such-model" in found and "rag_bm25" not in found
+
+
+@pytest.mark.parametrize(
+    "words", [["retrieval", "--task", "ruler/vt"], ["attention", "--task", "ruler/vt"], ["generation"]]
+)
+def test_a_folder_that_can_not_be_is_refused_before_the_model_is_looked_for(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    outcome = run_cli("eval", *words, "--model", "/no/such-model", "--out", tmp_path / "file" / "rows")
+    outcome.refused_in_one_line("is a file", "--out")
