@@ -44,6 +44,7 @@ def draw_map(found: AttentionMap) -> bytes:
         _score_panel(figure, panel, found, name, scores_LP)
     for panel in panels:
         panel.set_ylabel("layer")
+        panel.yaxis.get_major_locator().set_params(integer=True)
         _mark_evidence(panel, found)
     panels[-1].set_xlabel("position in the text (tokens); red: the evidence; grey: no page scores in this layer")
     figure.suptitle(map_title(found), fontsize=11)

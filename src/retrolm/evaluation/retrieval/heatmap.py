@@ -25,6 +25,8 @@ def draw_heatmap(scores: Mapping[str, Tensor], gold: Collection[int], title: str
             panel.axvline(page + 0.5, color="red", linewidth=0.8)
             panel.plot(page, -0.9, marker="v", color="red", markersize=7, clip_on=False)
         panel.set_ylabel("layer")
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.get_major_locator().set_params(integer=True)
         panel.set_title(name.replace("_", " "), loc="left", fontsize=10, pad=10)
         panel.set_ylim(len(scores_LP) - 0.5, -0.5)
     panels[-1].set_xlabel("page of the text (red: holds the evidence)")
