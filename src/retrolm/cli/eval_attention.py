@@ -12,7 +12,6 @@ from ..errors import unknown
 from .eval_options import BackboneOptions, SetOptions
 from .eval_retrieval import load_bare, load_retrievers
 from .options import with_options
-from .output_file import check_folder_writable
 
 if TYPE_CHECKING:
     from ..evaluation.runner import SampleSet
@@ -31,7 +30,9 @@ def attention(
     strip_tokens: Annotated[int, typer.Option(help="Tokens per column of the map of full attention.", min=1)] = 16,
 ) -> None:
     """Draw full attention of a question beside page scores, layer by position, the evidence marked: PNG and HTML."""
-    check_folder_writable(out)
+    from ..engine.whole_folder import require_folder
+
+    require_folder(out)
     sets.check()
     from ..evaluation.attention_maps import attention_map
     from ..evaluation.report.maps import write_map

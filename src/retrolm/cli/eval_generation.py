@@ -13,7 +13,6 @@ from .knob_settings import toml_value
 from .known_methods import known_methods
 from .loading import load_engine
 from .options import JsonFlag, with_options
-from .output_file import check_folder_writable
 from .screen import note, print_json, show_table
 
 if TYPE_CHECKING:
@@ -44,7 +43,9 @@ def generation(
 
     Each step feeds the forced and the free copies of all samples. Rows are written as each method finishes.
     """
-    check_folder_writable(out)
+    from ..engine.whole_folder import require_folder
+
+    require_folder(out)
     columns = parse_columns(method)
     engine = backbone.engine(kv_budget=max(2048, 3 * backbone.page_size))
     engine.check()

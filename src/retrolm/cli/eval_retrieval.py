@@ -11,7 +11,6 @@ from ..errors import UserError
 from .eval_options import BackboneOptions, SetOptions, run_provenance
 from .loading import load_engine
 from .options import with_options
-from .output_file import check_folder_writable
 from .screen import count, note, show_table
 
 if TYPE_CHECKING:
@@ -35,7 +34,9 @@ def retrieval(
     heatmap: Annotated[int, typer.Option(help="Questions per set to draw as maps of layers and pages.", min=0)] = 0,
 ) -> None:  # fmt: skip
     """Measure page recall on dense prefill: trained retrievers, untrained bookmarks, training-free indexes, oracle."""
-    check_folder_writable(out)
+    from ..engine.whole_folder import require_folder
+
+    require_folder(out)
     sets.check()
     from ..engine.shipped_adapters import adapter_for
     from ..evaluation.retrieval.run import run_recall

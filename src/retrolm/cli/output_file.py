@@ -1,4 +1,4 @@
-"""Result files and folders: checked before the work, written whole or not at all."""
+"""Result files: checked before the work, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -20,17 +20,6 @@ def check_writable(path: Path | None) -> None:
         raise UserError(f"There is no folder {folder}. Make it first, or name another file.")
     if not os.access(folder, os.W_OK):
         raise UserError(f"The folder {folder} can't be written to. Name a file elsewhere.")
-
-
-def check_folder_writable(path: Path) -> None:
-    """Raise `UserError` if `path` can't be or become a folder to write to, before any work is done."""
-    place = path.absolute()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir():
-        raise UserError(f"{place} is a file, where a folder is needed. Name another --out.")
-    if not os.access(place, os.W_OK):
-        raise UserError(f"The folder {place} can't be written to. Name another --out.")
 
 
 def write_whole(path: Path, text: str) -> None:

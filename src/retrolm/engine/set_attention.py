@@ -173,9 +173,11 @@ class SetAttention:
 
     def _lay_out_chosen(self, layer: int, on: GroupTensors, run: SetRun, picked_nS: Tensor) -> SetLayout:
         lengths, starts = _room_of(picked_nS, on.table_lengths, on.table_starts)
-        own = [_repeated(x[run.rows], len(picked_nS)) for x in (on.own_lengths, on.own_starts, on.ends)]
+        own_lengths, own_starts, ends = (
+            _repeated(x[run.rows], len(picked_nS)) for x in (on.own_lengths, on.own_starts, on.ends)
+        )
         apart = self._left_out(layer, on, run, picked_nS, lengths) if self._stands_apart else None
-        return self._lay_out(layer, run, lengths, starts, own[0], own[1], own[2], apart)
+        return self._lay_out(layer, run, lengths, starts, own_lengths, own_starts, ends, apart)
 
     def _left_out(
         self, layer: int, on: GroupTensors, run: SetRun, picked_nS: Tensor, lengths_nS: Tensor

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Folders for results: refused before the work where they can't be, and written whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,6 +7,19 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from ..errors import UserError
+
+
+def require_folder(path: Path) -> None:
+    """Raise `UserError` if `path` can't be or become a folder to write to, before any work is done."""
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"{place} is a file, where a folder is needed. Name another --out.")
+    if not os.access(place, os.W_OK):
+        raise UserError(f"The folder {place} can't be written to. Name another --out.")
 
 
 @contextmanager

@@ -63,12 +63,6 @@ def load_state(folder: Path) -> TrainState | None:
         raise UserError(f"The checkpoint {path} can't be read ({reason}). Delete it to start anew.") from None
 
 
-def refuse_file(folder: Path) -> None:
-    """Raise `UserError` if `folder` is a file, before a run finds out when it first saves."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file, where a folder is needed. Name another --out.")
-
-
 def refuse_overwriting(folder: Path) -> None:
     """Raise `UserError` if `folder` holds a checkpoint, which a new run would replace."""
     if (folder / CHECKPOINT_FILE).is_file():

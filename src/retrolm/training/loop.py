@@ -12,7 +12,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from .checkpoint import TrainState, check_identity, load_state, refuse_file, refuse_overwriting, save_state
+from ..engine.whole_folder import require_folder
+from .checkpoint import TrainState, check_identity, load_state, refuse_overwriting, save_state
 from .run_log import Log, RunLog
 
 Batch = TypeVar("Batch")
@@ -143,7 +144,7 @@ class TrainingLoop(ABC, Generic[Batch]):
         save_state(self.out, state)
 
     def _begin(self, resume: bool) -> None:
-        refuse_file(self.out)
+        require_folder(self.out)
         if not resume:
             refuse_overwriting(self.out)
         elif (state := load_state(self.out)) is not None:
