@@ -16,7 +16,7 @@ Several lists are run as one, in their order. A list is TOML:
     skip_without = ["{data}/books"]      # left out, with a line that says so, where such a path is missing
 
 `{out}` is the job's folder, `{root}` is --out, `{python}` this Python; further names are given by --set NAME=VALUE,
-which comes before what the list says of them.
+which comes before what the list says of them. A name of the list may use those above it.
 
 Jobs start in the order of the list, each as soon as it fits. The first GPU takes those that run alone while there are
 some. What has finished isn't run again; what was stopped or failed runs again, so a command that resumes loses nothing.
@@ -105,17 +105,18 @@ def _read(path: Path, given: dict[str, str]) -> list[Job]:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise ListError(f"Can't read {path}: {error}") from None
-    names = {**table.get("names", {}), **given}
-    return [_job(path, row, names) for row in table.get("job", [])]
+    return [_job(path, row, table.get("names", {}), given) for row in table.get("job", [])]
 
 
-def _job(path: Path, row: dict[str, Any], names: dict[str, str]) -> Job:
+def _job(path: Path, row: dict[str, Any], names: dict[str, str], given: dict[str, str]) -> Job:
     fields = Job.__dataclass_fields__
     if not {"name", "run"} <= row.keys() <= fields.keys():
         raise ListError(f"{path}: a job has name and run, and may have {', '.join(list(fields)[2:])}. Found: {row}")
-    filled = {**names, "out": str(Path(names["root"]) / row["name"])}
+    known = {**given, "out": str(Path(given["root"]) / row["name"])}
     try:
-        row = {key: _filled(value, filled) for key, value in row.items()}
+        for name, value in names.items():
+            known.setdefault(name, _filled(value, known))
+        row = {key: _filled(value, known) for key, value in row.items()}
     except KeyError as error:
         raise ListError(f"{path}: {row['name']!r} needs a value: --set {error.args[0]}=…") from None
     job = Job(**row)

@@ -63,7 +63,8 @@ def test_long_prompts_in_bfloat16(name: str) -> None:
     (found,), logits = run(model, name, [ids], 2048)
     assert logits.isfinite().all() and sum(found.kept) == 2 * 2048
     assert torch.cuda.max_memory_allocated() - before < 4e9
-    assert found.kv_bytes < 2 * 2 * 2 * 64 * 2 * (2048 + 4)
+    room = 256  # behind what is kept, for generated tokens
+    assert found.kv_bytes < 2 * 2 * 2 * 64 * 2 * (2048 + room + 4)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -150,3 +151,17 @@ def test_an_adapter_trained_with_its_retriever_is_measured_with_it() -> None:
     for job in joint:
         folder = job.run.partition("--adapter ")[2].partition("/adapter")[0]
         assert f"--retriever {folder}/retriever" in job.run
+
+
+def test_a_name_may_use_names_above_it_and_what_is_given_comes_first(tmp_path: Path) -> None:
+    path = listed(tmp_path, {"name": "who", "run": "echo {greeting} > {out}/said"})
+    path.write_text('[names]\nwhom = "world"\ngreeting = "hello {whom} of {data} in {out}"\n\n' + path.read_text())
+    (job,) = measure.read_lists([path], measure.settings(["data=DATA", "whom=you"], tmp_path))
+    assert job.run == f"echo hello you of DATA in {tmp_path}/who > {tmp_path}/who/said"
+
+
+@pytest.mark.parametrize("path", sorted((SCRIPTS.parent / "configs" / "measure").glob("*.toml")), ids=lambda p: p.stem)
+def test_nothing_is_left_to_fill_in_the_lists(path: Path, tmp_path: Path) -> None:
+    given = [f"{name}={name.upper()}" for name in ("data", "pools", "stage2")]
+    for job in measure.read_lists([path], measure.settings(given, tmp_path)):
+        assert not re.search(r"[{}]", job.run.replace("${", "")), job.run

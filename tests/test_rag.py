@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 import retrolm.rag.embedder
+from retrolm.bm25_library import load_bm25s
 from retrolm.config import RetroConfig
 from retrolm.engine.answering import Prompt
 from retrolm.engine.model import RetroLM
@@ -101,6 +104,22 @@ def bm25_by_hand(query: str, chunks: Sequence[str]) -> list[float]:
             score += idf * counts[word] / (counts[word] + 1.5 * (1 - 0.75 + 0.75 * len(row) / mean))
         found.append(score)
     return found
+
+
+@pytest.mark.parametrize("chosen", [None, "true"])
+def test_loading_bm25s_keeps_jax_from_taking_the_gpus_memory(
+    chosen: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in notes what JAX, which bm25s starts, would be told; a user's own choice stays."""
+    (tmp_path / "bm25s.py").write_text("import os\ntold = os.environ.get('XLA_PYTHON_CLIENT_PREALLOCATE')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "bm25s", raising=False)
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", chosen)
+    assert load_bm25s("This", "rag").told == (chosen or "false")
+    assert os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE") == chosen
+    del sys.modules["bm25s"]
 
 
 @pytest.mark.parametrize("query", ["Lamps?", "the captain counted seven LAMPS", "who spoke in the ship", "sky sky sky"])

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import UserError
+from ..bm25_library import load_bm25s
 from ..methods.base import METHODS
 from .method import RagMethod
 
@@ -29,10 +29,7 @@ class RagBM25(RagMethod):
 
 def bm25_scores(query: str, chunks: Sequence[str]) -> list[float]:
     """BM25 score of each chunk; 0 where they share no word. Raises `UserError` if bm25s is not installed."""
-    try:
-        import bm25s
-    except ImportError:
-        raise UserError("RAG by BM25 needs bm25s: pip install 'retrolm[rag]'.") from None
+    bm25s = load_bm25s("RAG by BM25", "rag")
     corpus = [words(chunk) for chunk in chunks]
     known = {word for row in corpus for word in row}
     asked = [word for word in words(query) if word in known]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...bm25_library import load_bm25s
 from ...errors import UserError
 
 _MIN_ANSWER_CHARS = 4
@@ -54,18 +55,14 @@ class BM25Miner(Miner):
 
     def __init__(self, texts: Sequence[str]) -> None:
         super().__init__(texts)
-        try:
-            import bm25s
-        except ImportError as error:
-            raise UserError("Mining hard negatives needs bm25s: pip install 'retrolm[training]'.") from error
-        self._bm25s = bm25s
+        self._bm25s = bm25s = load_bm25s("Mining hard negatives", "training")
         self._index = bm25s.BM25(k1=0.9, b=0.4)
         self._index.index(bm25s.tokenize(list(texts), stopwords="en", show_progress=False), show_progress=False)
 
     def ranked(self, queries: Sequence[str], count: int) -> list[list[int]]:
         """Return the passages that share a word with each query, best first."""
         tokens = self._bm25s.tokenize(list(queries), stopwords="en", show_progress=False)
-        indices, scores = self._index.retrieve(tokens, k=count, show_progress=False)
+        indices, scores = self._index.retrieve(tokens, k=count, show_progress=False, backend_selection="numpy")
         return [row[score > 0].tolist() for row, score in zip(indices, scores, strict=True)]
 
 
