@@ -154,6 +154,12 @@ def test_an_average_of_ones_own_is_compared_too(tmp_path: Path) -> None:
     assert any(row["scope"] == "average two, 4K tokens" and row["num_pairs"] == 8 for row in pair_rows(part))
 
 
+def test_a_name_of_ones_own_for_a_known_average_stands_in_its_place(tmp_path: Path) -> None:
+    write_lines(tmp_path / "samples.jsonl", made_up_rows(4, (4096,)))
+    dense, _ = score_tables(load_results([tmp_path], {"eight needles": NEEDLES}), "ruler", 4096)
+    assert [name for name in dense.columns if name.startswith("average")] == ["average eight needles"]
+
+
 def test_one_table_holds_scores_times_and_memory(run: Path, tmp_path: Path) -> None:
     """Costs come from other rows; a method that lacks a task of a group, or has no such rows, says so."""
     alone = made_up_rows(num_samples=3, lengths=(8192,))

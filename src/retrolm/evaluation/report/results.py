@@ -117,10 +117,14 @@ class Results:
         return sorted(found, key=lambda task: (order.get(task, 0), task))
 
     def complete_groups(self, tasks: Iterable[str]) -> list[str]:
-        """Groups of two tasks or more that are all there, larger groups last."""
+        """Groups of two tasks or more that are all there, larger groups last; of the same tasks one, the last named."""
         there = set(tasks)
-        found = [name for name, members in self.groups.items() if len(members) > 1 and set(members) <= there]
-        return sorted(found, key=lambda name: len(self.groups[name]))
+        found = {
+            frozenset(members): name
+            for name, members in self.groups.items()
+            if len(members) > 1 and set(members) <= there
+        }
+        return sorted(found.values(), key=lambda name: len(self.groups[name]))
 
 
 def column_of(cell: dict[str, Any]) -> Column:
