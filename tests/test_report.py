@@ -22,7 +22,7 @@ from retrolm.errors import UserError
 from retrolm.evaluation.journal import write_lines
 from retrolm.evaluation.report.costs import cost_table
 from retrolm.evaluation.report.pairs import MARGIN, compare, pair_rows, pair_tables, scopes, shared_scores
-from retrolm.evaluation.report.plots import comparable_lengths
+from retrolm.evaluation.report.plots import SCORE, Line, comparable_lengths, drawn
 from retrolm.evaluation.report.results import Results, load_results
 from retrolm.evaluation.report.table import BEYOND, MISSING
 from retrolm.evaluation.report.tables import overview_table, score_tables
@@ -135,6 +135,22 @@ def test_all_pairs_are_in_the_file_of_pairs(results: Results) -> None:
     for row in rows:
         assert row["low"] <= row["difference"] <= row["high"] and 0 < row["p_value"] <= 1
         assert row["not_below"] == (row["low"] >= -MARGIN)
+
+
+@pytest.mark.parametrize("count", [3, 10, 34])
+def test_all_names_of_a_plot_are_within_it(count: int) -> None:
+    points = [(4096.0, 50.0, 40.0, 60.0), (8192.0, 40.0, 30.0, 50.0)]
+    kinds = [None, *(("dense", "streaming")[n % 2] for n in range(1, count))]
+    lines = [Line(f"some_long_method_name_{n} (a-retriever), 2048 tokens", points, kinds[n]) for n in range(count)]
+    figure = drawn("title", "prompt length (tokens)", SCORE, lines)
+    figure.draw_without_rendering()
+    legends = [axes.get_legend() for axes in figure.axes]
+    assert {text.get_text() for legend in legends for text in legend.texts} == {line.label for line in lines}
+    assert len(legends) == (1 if count <= 10 else 2) and all(
+        legend.texts[0].get_text() == lines[0].label for legend in legends
+    )
+    for box in (legend.get_window_extent() for legend in legends):
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0
 
 
 def test_lines_join_means_of_the_same_tasks_only(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ from ...errors import UserError
 from ..averages import mean
 from .costs import memory_kind, memory_name
 from .results import Column, Results, family
-from .table import cells_interval, length_name
+from .table import BLOCKS, cells_interval, length_name
 
 _MARKERS = "osD^vP*X<>"
 _NUM_COLOURS = 10  # of the colour cycle; lines beyond it are dashed
+_NAME_INCHES = 0.2  # height of a name below a panel
 SCORE = "score (of 100, mean over tasks)"
 
 
@@ -29,10 +30,15 @@ class Plot:
 
 @dataclass(frozen=True)
 class Line:
-    """Points of one method: x, mean, and the interval's ends where there is one."""
+    """Points of one method: x, mean, and the interval's ends where there is one.
+
+    Attributes:
+        prefill: kind of prefill, whose panel the line is drawn in where there are several; None = in all of them.
+    """
 
     label: str
     points: list[tuple[float, float, float, float]]
+    prefill: str | None = None
 
 
 def all_plots(results: Results) -> list[Plot]:
@@ -60,8 +66,11 @@ def by_length(
 
     Lengths at which only a few of the family's tasks were run are left out: their means are of other things.
     """
-    lengths = comparable_lengths(results, name)
-    return [Line(c.name, _points(results, c, name, [(float(n), n) for n in lengths], value)) for c in results.columns()]
+    places: list[tuple[float, int | None]] = [(float(n), n) for n in comparable_lengths(results, name)]
+    return [
+        Line(column.name, _points(results, column, name, places, value), None if column.is_dense else column.prefill)
+        for column in results.columns()
+    ]
 
 
 def comparable_lengths(results: Results, name: str) -> list[int]:
@@ -116,25 +125,45 @@ def _plot(name: str, title: str, x_label: str, y_label: str, lines: list[Line]) 
     lines = [line for line in lines if line.points]
     if not any(len(line.points) > 1 for line in lines):
         return []
-    return [Plot(name, title, _draw(title, x_label, y_label, lines))]
-
-
-def _draw(title: str, x_label: str, y_label: str, lines: list[Line]) -> bytes:
-    figure = _figure()
-    axes = figure.add_subplot()
-    for index, line in enumerate(lines):
-        _draw_line(axes, line, index, len(lines))
-    ticks = sorted({point[0] for line in lines for point in line.points})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [length_name(int(tick)).removesuffix(" tokens") for tick in ticks])
-    axes.minorticks_off()
-    axes.set_ylim(bottom=0, top=103 if y_label == SCORE else None)
-    axes.set(title=title, xlabel=x_label, ylabel=y_label)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, handlelength=3.5, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=130)
-    return data.getvalue()
+    drawn(title, x_label, y_label, lines).savefig(data, format="png", dpi=130)
+    return [Plot(name, title, data.getvalue())]
+
+
+def drawn(title: str, x_label: str, y_label: str, lines: list[Line]) -> Any:
+    """A matplotlib figure of the lines, in panels by kind of prefill where they are many."""
+    panels = _panels(lines)
+    alone, rows = len(panels) == 1, max(len(shown) for _, shown in panels)
+    figure = _figure((9.5, 4.6) if alone else (6.5 * len(panels), 4.6 + _NAME_INCHES * rows))
+    beside, below = ("center left", (1.02, 0.5)), ("upper left", (0.0, -0.12))
+    place, anchor = beside if alone else below
+    figure.suptitle(title)
+    ticks = sorted({point[0] for line in lines for point in line.points})
+    for axes, (heading, shown) in zip(_axes(figure, len(panels)), panels, strict=True):
+        for index, line in enumerate(shown):
+            _draw_line(axes, line, index, len(shown))
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [length_name(int(tick)).removesuffix(" tokens") for tick in ticks])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0, top=103 if y_label == SCORE else None)
+        axes.set(title=heading, xlabel=x_label, ylabel=y_label)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, handlelength=3.5, frameon=False, loc=place, bbox_to_anchor=anchor)
+    return figure
+
+
+def _panels(lines: list[Line]) -> list[tuple[str, list[Line]]]:
+    """Lines by panel, with its heading: all in one, or by kind of prefill where colours don't tell them apart."""
+    kinds = [kind for kind in BLOCKS if any(line.prefill == kind for line in lines)]
+    if len(lines) <= _NUM_COLOURS or len(kinds) < 2:
+        return [("", lines)]
+    return [(BLOCKS[kind], [line for line in lines if line.prefill in (None, kind)]) for kind in kinds]
+
+
+def _axes(figure: Any, count: int) -> list[Any]:
+    """So many panels side by side, of one scale."""
+    found: list[Any] = figure.subplots(1, count, sharey=True, squeeze=False)[0].tolist()
+    return found
 
 
 def _draw_line(axes: Any, line: Line, index: int, num_lines: int) -> None:
@@ -153,9 +182,9 @@ def _draw_line(axes: Any, line: Line, index: int, num_lines: int) -> None:
     axes.errorbar(x, y, yerr=errors, label=line.label, capsize=3, **style)
 
 
-def _figure() -> Any:
+def _figure(size: tuple[float, float]) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("Plots need matplotlib: pip install 'retrolm[evaluation]'.") from None
-    return Figure(figsize=(9.5, 4.6), layout="constrained")
+    return Figure(figsize=size, layout="constrained")
