@@ -33,12 +33,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Te
 
         rotated: Tensor = rotate_at_once(x, cos, sin, torch.empty_like(x) if out is None else out)
         return rotated
-    cos, sin = cos[..., :half].to(x.dtype), sin[..., :half].to(x.dtype)
-    first, second = x[..., :half], x[..., half:rotary_dims]
     out = torch.empty_like(x) if out is None else out
-    # Four fused multiply(-add) passes over halves: on a CPU this is a third of the time of cat(-x2, x1) * sin.
-    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out[..., half:rotary_dims]).addcmul_(first, sin)
+    # Whole rows times cos, then a fused multiply-add for each half: on a CPU the fewer and longer passes, the better.
+    torch.mul(x[..., :rotary_dims], cos.to(x.dtype), out=out[..., :rotary_dims])
+    sin = sin[..., :half].to(x.dtype)
+    out[..., :half].addcmul_(x[..., half:rotary_dims], sin, value=-1)
+    out[..., half:rotary_dims].addcmul_(x[..., :half], sin)
     if rotary_dims < x.shape[-1]:
         out[..., rotary_dims:] = x[..., rotary_dims:]
     return out
