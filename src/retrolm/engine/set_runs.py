@@ -15,8 +15,8 @@ from torch import Tensor
 from .chunk import PageGroup
 from .gather import SetLayout
 
-# A CPU works fastest on one page's set at a time, which fits its caches; a GPU on as many as fill it.
-_MOST_BYTES = 2**27
+# A CPU works fastest on as many pages' sets as its caches hold, a GPU on as many as fill it.
+_CPU_BYTES, _MOST_BYTES = 2**23, 2**27
 
 
 @dataclass
@@ -80,7 +80,7 @@ def joins_questions(device: torch.device) -> bool:
 
 def most_pages(device: torch.device, set_bytes: int) -> int:
     """How many pages one attention call should serve, whose gathered keys and values take `set_bytes` each."""
-    return 1 if device.type == "cpu" else max(1, _MOST_BYTES // set_bytes)
+    return max(1, (_CPU_BYTES if device.type == "cpu" else _MOST_BYTES) // set_bytes)
 
 
 def _alike(group: PageGroup, row: int, size: int, num_local: int, short: Sequence[int]) -> list[int] | None:
