@@ -56,6 +56,7 @@ def test_paper_recipes_differ_in_the_backbone_alone() -> None:
         ('model = "m"\nnum_steps = 0', "num_steps must be at least 1"),
         ('model = "m"\nloss = "mse"', r"loss='mse' is not a choice.*attention_kl"),
         ('model = "m"\ndtype = "float16"', r"dtype='float16' is not a choice"),
+        ('model = "m"\npage_size = 100_000', r"page_size=100000 leaves no page to choose in texts of 16384 tokens"),
     ],
 )
 def test_wrong_values_are_refused(train: str, named: str, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ FREE_OPTIONS = (
     "dev_max_tokens",
     "num_workers",
 )
+_FEWEST_PAGES = 4  # sink, previous and current page, and one to choose
 
 
 @dataclass(frozen=True)
@@ -146,12 +147,20 @@ class Stage1TrainConfig:
 
 @dataclass(frozen=True)
 class Stage1Recipe(Recipe):
-    """Everything a run depends on besides code, backbone and data files."""
+    """Everything a run depends on besides code, backbone and data files; `UserError` if its parts don't fit."""
 
     train: Stage1TrainConfig
     data: Stage1DataConfig
 
     free_options = FREE_OPTIONS
+
+    def __post_init__(self) -> None:
+        most = self.data.longest // _FEWEST_PAGES
+        if self.train.page_size > most:
+            raise UserError(
+                f"page_size={self.train.page_size} leaves no page to choose in texts of {self.data.longest} tokens: "
+                f"they need {_FEWEST_PAGES}. Use {most} at most, or longer texts (max_tokens)."
+            )
 
 
 def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Stage1Recipe:
