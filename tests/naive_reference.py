@@ -33,6 +33,7 @@ class NaiveOptions:
     causal_selection: bool = False
     selection_scope: str = "layer"
     page_positions: str = "compact"
+    agreement_layers: int = 0
 
     @property
     def marks(self) -> int:
@@ -89,6 +90,7 @@ class NaiveRetroLM:
         self.windows = [self._declared_window(index) for index in range(self.config.num_hidden_layers)]
         self.angles: dict[int, tuple[np.ndarray, float]] = {}
         self.pages: list[NaivePage] = []
+        self.agreed: list[float] | None = None
 
     def read(self, pages: list[list[int]], num_sink: int = 1) -> list[NaivePage]:
         """Read all pages; the first `num_sink` are attention sinks."""
@@ -98,7 +100,30 @@ class NaiveRetroLM:
 
     def ask(self, question: list[int], generated: list[int]) -> NaivePage:
         """Read a question page, followed by generated tokens that its bookmark doesn't see."""
+        self.agreed = None
+        page = self._read_page(question + generated, len(question), is_sink=False, is_question=True)
+        if not self.options.agreement_layers:
+            return page
+        self.pages.pop()
+        self.agreed = self._agreed(page)
         return self._read_page(question + generated, len(question), is_sink=False, is_question=True)
+
+    def _agreed(self, page: NaivePage) -> list[float] | None:
+        """Mean of the last layers' scores, each with mean 0 and deviation 1 over the pages that compete."""
+        first = 0 if self.options.first_layer_mode == "mean_key" else self.options.num_skip_layers
+        scored = [s for index, s in enumerate(page.scores) if index >= first and not self._keeps_window(index)]
+        num_sink = sum(other.is_sink for other in self.pages)
+        competing = range(num_sink, len(self.pages) - self.options.num_local_pages)
+        if not scored or len(competing) < 2:
+            return None
+        total = [0.0] * len(self.pages)
+        chosen = scored[-self.options.agreement_layers :]
+        for scores in chosen:
+            mean = sum(scores[i] for i in competing) / len(competing)
+            spread = math.sqrt(sum((scores[i] - mean) ** 2 for i in competing) / len(competing))
+            for i, score in enumerate(scores):
+                total[i] += (score - mean) / (spread * len(chosen))
+        return total
 
     @torch.no_grad()
     def _read_page(self, tokens: list[int], seen: int, is_sink: bool, is_question: bool = False) -> NaivePage:
@@ -198,6 +223,8 @@ class NaiveRetroLM:
 
     def _scores(self, index: int, page: NaivePage, past: list[int], kv_head: int | None) -> list[float]:
         """How well each past page matches what the current one looks for, to one KV head's queries or to all."""
+        if page.is_question and self.agreed is not None:
+            return self.agreed
         asking, place = page, len(self.pages)
         if self.options.causal_selection and self.pages and not page.is_question:
             asking, place = self.pages[-1], len(self.pages) - 1

@@ -194,6 +194,27 @@ def test_pages_at_their_true_distances(name: str, options: dict[str, Any]) -> No
         check_answer(lm, naive, random_ids(5, 5).tolist())
 
 
+AGREEING: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("llama-mqa", {"bookmarks": "visible"}),
+    ("qwen2", {"selection_scope": "head"}),
+    ("gemma2", {"num_local_pages": 0}),
+    ("gemma3", {"first_layer_mode": "mean_key"}),
+    ("mistral-sliding", {"page_positions": "true"}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), AGREEING, ids=str)
+def test_layers_that_agree_on_a_questions_pages(name: str, options: dict[str, Any]) -> None:
+    for num_layers in (1, 3):
+        lm, naive = pair(name, kv_budget=5 * W, agreement_layers=num_layers, **options)
+        check_answer(lm, naive, random_ids(5, 5).tolist())
+        chosen = [
+            naive.pages[-1].selected[layer] for layer in range(len(naive.windows)) if not naive._keeps_window(layer)
+        ]
+        assert all(pages == chosen[0] for pages in chosen) and len(chosen[0]) < len(naive.pages) - 1
+
+
 @pytest.mark.parametrize("num_positions", [48, 64, 71])
 def test_distances_shrink_to_fit_the_window(num_positions: int) -> None:
     """67 tokens of text: none left out counts, some, nearly all."""

@@ -38,6 +38,8 @@ class RetroConfig:
         score_rope: rotate bookmark queries and keys to their true page index before scoring (D3).
         causal_selection: choose the pages of page i with the bookmark of page i-1, so that no token sees a
             choice made with knowledge of later tokens (D22).
+        agreement_layers: with n > 0 a question is encoded twice; the second time all layers attend the pages on which
+            its last n layers agreed, by the mean of their standardised scores. 0 = each layer by its own scores.
         page_positions: where the pages stand that are attended: "compact" = side by side (D6 b); "true" = as far before
             the page that attends them as in the text; "true_for_questions" = so for questions and answers, side by
             side while reading. In a text longer than the model's window, what is left out between pages shrinks in
@@ -66,6 +68,7 @@ class RetroConfig:
     selection_scope: Literal["layer", "head"] = "layer"
     score_rope: bool = False
     causal_selection: bool = False
+    agreement_layers: int = 0
     page_positions: Literal["compact", "true_for_questions", "true"] = "compact"
     retrieve_every: int = 0
     chunk_pages: int = 0
@@ -124,6 +127,7 @@ _LOWEST = {
     "page_size": 1,
     "num_local_pages": 0,
     "num_skip_layers": 0,
+    "agreement_layers": 0,
     "retrieve_every": 0,
     "chunk_pages": 0,
 }

@@ -25,6 +25,7 @@ class PageGroup:
         tokens: token ids of each page, without its bookmark.
         room: pages besides the sinks each page may attend. end: compact position of each page's first token.
         pinned: ordinals that are always attended besides sink and local pages.
+        agreed_P: scores of all past pages in place of each layer's own, float32 [P], on the host.
         last_probe: probe of the group's last page by layer, for causal selection of what follows.
         moves: what `page_records` works out once for all layers.
         questions: the groups that were joined to this one (`question_groups`), if it is one of several questions.
@@ -40,6 +41,7 @@ class PageGroup:
     end: list[int]
     pinned: tuple[int, ...] = ()
     is_query: bool = False
+    agreed_P: Tensor | None = None
     last_probe: dict[int, Tensor] = field(default_factory=dict)
     moves: dict[tuple[object, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
     questions: list[PageGroup] = field(default_factory=list)

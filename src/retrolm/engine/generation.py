@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import UserError
+from .agreement import encode_questions
 from .backbone import Backbone
-from .chunk import Chunk, PageGroup, query_lengths
+from .chunk import PageGroup, query_lengths
 from .decode_round import Query, Round, continue_round
 from .encoder import Encoder
 from .generate_options import GenerateOptions, OneStream
@@ -117,7 +118,7 @@ class Generator:
 
     def _encode(self, queries: list[Query], groups: list[PageGroup]) -> list[QueryCapture]:
         """Run the query pages through the model."""
-        return self._encoder.encode(Chunk(groups, max(len(query.tokens) for query in queries))).captures
+        return encode_questions(self._encoder, groups)
 
     def _continue(self, asked: Round, started: float) -> None:
         """Generate, and note in each query what came of it; the round began at `started`."""

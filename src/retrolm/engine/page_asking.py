@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import UserError
+from .agreement import encode_questions
 from .answers import build_answer, build_retrieval
-from .chunk import Chunk, query_lengths
+from .chunk import query_lengths
 from .decode_round import Query
 from .document import Document, Past
 from .generate_options import GenerateOptions
@@ -55,10 +56,10 @@ def retrieve(lm: RetroLM, document: Document, question: str, *, raw: bool = Fals
     encoder, tokens = document.encoder, question_ids(lm, question, raw)
     ids = encoder.parts.store.reserve(len(query_lengths(len(tokens), lm.config)))
     try:
-        encoded = encoder.encode(Chunk([encoder.query(document.table, ids, tokens)], len(tokens)))
+        (capture,) = encode_questions(encoder, [encoder.query(document.table, ids, tokens)])
     finally:
         encoder.parts.store.release(ids)
-    return build_retrieval(document, document.table, encoded.captures[0].choices)
+    return build_retrieval(document, document.table, capture.choices)
 
 
 def turn(

@@ -72,7 +72,10 @@ class PageChooser:
         num_past = max(group.num_past)
         if num_past == 0 or num_dense == len(group):
             return PageSets(sizes, num_dense, on.ordinals.new_empty(1, 0) if num_past == 0 else None)
-        scores_nKP = self._scores(method, probes, self._parts.digests.read(layer, on.table_ids[:num_past]))
+        if group.agreed_P is None:
+            scores_nKP = self._scores(method, probes, self._parts.digests.read(layer, on.table_ids[:num_past]))
+        else:
+            scores_nKP = group.agreed_P.to(on.ordinals.device, non_blocking=True)[None, None]
         picked = self._pick(layer, group, on, scores_nKP)
         by_head = scores_nKP.shape[1] > 1
         scores = scores_nKP.sum(1) if by_head else scores_nKP[:, 0]

@@ -49,6 +49,11 @@ class RetroGenerator(Generator):
     def run(self, queries: list[Query], max_new_tokens: int, options: GenerateOptions) -> list[Tensor]:
         """See `Generator.run`; raises `UserError` also for generated pages that are longer than a page."""
         config = self._encoder.parts.config
+        if config.agreement_layers:
+            raise UserError(
+                f"{self._method.name} encodes pages anew by its own rule. Use agreement_layers=0 with it, or method "
+                "'retrolm'."
+            )
         if config.retrieve_every > config.page_size:
             raise UserError(
                 f"{self._method.name} revises generated pages whole: retrieve_every={config.retrieve_every} is more "

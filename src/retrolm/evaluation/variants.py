@@ -21,6 +21,7 @@ UNTRAINED = "untrained"
 NO_RETRIEVER = "none"
 # These change speed and memory, never results, so they are no part of what identifies a run.
 _SPEED_ONLY = ("chunk_pages", "device_kv_bytes")
+_LATER = {"agreement_layers": 0}  # left out where unset, so that rows measured before there was such an option count
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,12 @@ class VariantLoader:
 def _options(lm: RetroLM) -> dict[str, Any]:
     """The options of `RetroConfig` that the method's results depend on, the budget aside."""
     fields = lm.method.config_fields
-    ours = {key: value for key, value in asdict(lm.config).items() if key not in (*_SPEED_ONLY, "kv_budget")}
+    left_out = (*_SPEED_ONLY, "kv_budget")
+    ours = {
+        key: value
+        for key, value in asdict(lm.config).items()
+        if key not in left_out and not (key in _LATER and value == _LATER[key])
+    }
     return ours if fields is None else {key: ours[key] for key in fields}
 
 

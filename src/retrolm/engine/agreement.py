@@ -1,0 +1,50 @@
+"""Questions whose layers agree on pages: encoded once to be scored, and once more over the pages agreed on.
+
+Deep layers know better than low ones which page a question is about. Bookmarks are scored layer by layer while a page
+is encoded, so what the last layers find comes too late for the others; a question is short enough to be encoded twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .captures import LayerChoice, QueryCapture
+from .chunk import Chunk, PageGroup
+from .encoder import Encoder
+
+
+def encode_questions(encoder: Encoder, groups: Sequence[PageGroup]) -> list[QueryCapture]:
+    """Encode query pages, with `agreement_layers` twice; returns what each attended, ready for decoding."""
+    chunk = Chunk(list(groups), max(len(page) for group in groups for page in group.tokens))
+    captures = encoder.encode(chunk).captures
+    config = encoder.parts.config
+    if not config.agreement_layers:
+        return captures
+    agreed = [
+        agreed_scores(capture.choices, config.agreement_layers, group.table.num_sink, config.num_local_pages)
+        for group, capture in zip(groups, captures, strict=True)
+    ]
+    again = [
+        replace(group, agreed_P=scores, moves={}, last_probe={}) for group, scores in zip(groups, agreed, strict=True)
+    ]
+    return encoder.encode(Chunk(again, chunk.width)).captures
+
+
+def agreed_scores(choices: Sequence[LayerChoice], num_layers: int, num_sink: int, num_local: int) -> Tensor | None:
+    """Mean over the last `num_layers` layers with scores, each standardised over the pages that compete, float32 [P].
+
+    Sinks and the `num_local` last pages are attended anyway. None where no layer has scores or nothing competes.
+    """
+    scored = [choice.scores for choice in choices if choice.scores is not None][-num_layers:]
+    if not scored:
+        return None
+    scores_LP = torch.stack(scored)
+    competing = scores_LP[:, num_sink : scores_LP.shape[1] - num_local]
+    if competing.shape[1] < 2:
+        return None
+    spread = competing.std(1, correction=0, keepdim=True).clamp(min=torch.finfo(scores_LP.dtype).tiny)
+    return ((scores_LP - competing.mean(1, keepdim=True)) / spread).mean(0)
