@@ -67,7 +67,7 @@ def same_pages(one: Document, other: Document) -> bool:
         ("gemma3", {"store_dtype": "float16"}),
         ("phi3-longrope", {"store_dtype": "float32", "first_layer_mode": "mean_key"}),
         ("mistral-sliding", {"score_rope": True, "causal_selection": True}),
-        ("llama-mqa", {"retrieve_every": 4, "num_skip_layers": 2}),
+        ("llama-mqa", {"retrieve_every": 4, "num_skip_layers": 2, "agreement_layers": 2}),
         ("llama", {"prefix_page": False, "num_local_pages": 2}),
         ("qwen2", {"store_bits": 8}),
         ("gemma3", {"store_bits": 4}),
@@ -461,9 +461,9 @@ def test_an_adapter_belongs_to_the_base(tmp_path: Path) -> None:
         KnowledgeBase.open(tmp_path / "base", engine()).ask(QUESTION)
 
 
-def test_options_of_speed_may_differ(tmp_path: Path) -> None:
+def test_options_of_speed_and_of_answers_may_differ(tmp_path: Path) -> None:
     KnowledgeBase.create(tmp_path / "base", engine()).add(story(300), name="a")
-    other = engine(chunk_pages=3, device_kv_bytes=1 << 20)
+    other = engine(chunk_pages=3, device_kv_bytes=1 << 20, agreement_layers=2)
     assert KnowledgeBase.open(tmp_path / "base", other).ask(QUESTION, max_new_tokens=1).reuse == "exact"
 
 

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from ..engine.model import RetroLM
 
 # Options that change where and how fast things are done, or only answers; all others change stored numbers.
-NOT_STORED = frozenset({"chunk_pages", "device_kv_bytes", "host_kv_bytes", "disk_folder", "retrieve_every"})
+NOT_STORED = frozenset(
+    {"chunk_pages", "device_kv_bytes", "host_kv_bytes", "disk_folder", "retrieve_every", "agreement_layers"}
+)
 _SAMPLES = 64
 
 
