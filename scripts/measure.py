@@ -199,10 +199,15 @@ def start(job: Job, root: Path, gpu: int | None, now: float) -> Running:
         log.flush()
         process = subprocess.Popen(
             ["bash", "-c", job.run], stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **seen},
+            preexec_fn=_hear_ctrl_c, env={**os.environ, "PYTHONUNBUFFERED": "1", **seen},
         )  # fmt: skip
     say(f"started {job.name}" + ("" if gpu is None else f" on GPU {gpu}"))
     return Running(job, process, now, gpu)
+
+
+def _hear_ctrl_c() -> None:
+    """What a shell starts in the background ignores Ctrl-C, and so would the jobs, which are stopped by it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def say(line: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -85,10 +86,18 @@ def test_what_finished_is_not_run_again_and_what_was_stopped_is(tmp_path: Path) 
     assert (tmp_path / "once.txt").read_text() == "x\n" and (tmp_path / "long" / "through").exists()
 
 
-def test_all_stop_at_the_end_of_the_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("hearing", [signal.default_int_handler, signal.SIG_IGN])
+def test_all_stop_at_the_end_of_the_time(
+    hearing: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where this process doesn't hear Ctrl-C, as what a shell starts in the background."""
     path = listed(tmp_path, stamped("long", 30), stamped("late", share=1.0, after=["long"]))
-    began = time.monotonic()
-    assert run(path, tmp_path, [0], seconds=0.5) == 1
+    monkeypatch.setattr(measure, "GRACE_S", 60.0)
+    before, began = signal.signal(signal.SIGINT, hearing), time.monotonic()
+    try:
+        assert run(path, tmp_path, [0], seconds=0.5) == 1
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - began < 15
     assert "stopped long" in (said := capsys.readouterr().out) and "did not start late" in said
 

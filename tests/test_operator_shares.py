@@ -24,7 +24,8 @@ def test_more_of_the_engines_work_shows_as_its_own(monkeypatch: pytest.MonkeyPat
     from retrolm.engine.set_attention import SetAttention
 
     lm = RetroLM(tiny_model("llama", dtype=torch.float32), config=RetroConfig(kv_budget=40, page_size=8))
-    before, stock = operator_shares(lm, random_ids(120)).own, SetAttention._gather
+    stock = SetAttention._gather
+    assert "sort" not in operator_shares(lm, random_ids(120)).largest_own
 
     def slow(self: SetAttention, *args: object) -> object:
         torch.zeros(200_000).sort()
@@ -32,4 +33,4 @@ def test_more_of_the_engines_work_shows_as_its_own(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(SetAttention, "_gather", slow)
     after = operator_shares(lm, random_ids(120))
-    assert after.own > before and next(iter(after.largest_own)) == "sort"
+    assert next(iter(after.largest_own)) == "sort" and after.own > after.largest_own["sort"] > 0.1

@@ -55,7 +55,8 @@ def draw_quiz(
         named: questions say what they ask for, since facts of another kind may be known of the same key.
     """
     several = num_keys <= _MOST_KEYS_WITH_SEVERAL_VALUES and rng.random() < _SEVERAL_VALUES_SHARE
-    key_kind, value_kind = rng.choice(wording.key_kinds), rng.choice(wording.value_kinds)
+    key_kind = rng.choice(wording.key_kinds)
+    value_kind = rng.choice(_beside(key_kind, wording.value_kinds))
     facts = draw_facts(
         rng,
         num_keys,
@@ -67,6 +68,12 @@ def draw_quiz(
     has_decoys = rng.random() < _DECOY_SHARE
     quiz = quiz_on(rng, some_forms(rng, wording), facts, most_further, named or has_decoys)
     return with_decoys(rng, quiz, wording, split) if has_decoys else quiz
+
+
+def _beside(key_kind: str, value_kinds: Sequence[str]) -> Sequence[str]:
+    """Kinds of values other than that of the keys, where there are too few strings of it for both (104 cities)."""
+    others = [kind for kind in value_kinds if kind != key_kind or kind in PLENTIFUL_KINDS]
+    return others or value_kinds
 
 
 def draw_likeness(rng: random.Random) -> float:
