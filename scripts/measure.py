@@ -267,7 +267,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="names of jobs, parted by commas")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     given = parser.parse_args(arguments)
-    # A shell lets what it starts in the background ignore Ctrl-C, and jobs would inherit that.
+    # A shell lets what it starts in the background ignore Ctrl-C, which ends this run in order.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         jobs = read_lists(given.lists, settings(given.set, given.out.absolute()))

@@ -28,6 +28,8 @@ def encode_questions(encoder: Encoder, groups: Sequence[PageGroup]) -> list[Quer
         agreed_scores(capture.choices, config.agreement_layers, group.table.num_sink, config.num_local_pages)
         for group, capture in zip(groups, captures, strict=True)
     ]
+    if all(scores is None for scores in agreed):
+        return captures
     again = [
         replace(group, agreed_P=scores, moves={}, last_probe={}) for group, scores in zip(groups, agreed, strict=True)
     ]
