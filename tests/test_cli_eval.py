@@ -140,6 +140,23 @@ def test_page_recall_is_reported_by_layer_for_the_indexes_asked_for(model: Path,
     assert "mean_key" not in report and "untrained_bookmarks" in report
 
 
+def test_page_recall_of_layers_that_agree(model: Path, tmp_path: Path) -> None:
+    """The row stands beside the retriever's own, and is that of the standardised scores' mean."""
+    lm = RetroLM.from_pretrained(model, retriever=None)
+    card = RetrieverCard(lm.backbone.fingerprint(), 2, 32, "own", {})
+    PageRetriever(lm.backbone.projection_shapes(), lm.untrained_bookmark(), card).save(tmp_path / "own")
+    (tmp_path / "essays.txt").write_text("The grass is green. The sky is blue. " * 400, encoding="utf-8")
+    words = ["eval", "retrieval", "--model", model, "--retriever", tmp_path / "own", "--index", "recency"]
+    words += ["--task", "ruler/niah_single_2", "--lengths", 1024, "--num-samples", 4, "--page-size", 32]
+    words += ["--task-option", f"essays={tmp_path / 'essays.txt'}", "--out", tmp_path / "rows"]
+    assert run_cli(*words).code == 0
+    assert run_cli(*words, "--agreement-layers", 2).code == 0
+    rows = list(read_lines(tmp_path / "rows" / "recall.jsonl"))
+    agreed = [row for row in rows if row["index"] == "own, last 2 layers agreed"]
+    assert len(agreed) == 2 and all(len(set(row["layers"])) == 1 for row in agreed)
+    assert len({row["config_hash"] for row in rows}) == 2
+
+
 def test_a_retriever_trained_in_another_reading_is_refused(model: Path, tmp_path: Path) -> None:
     lm = RetroLM.from_pretrained(model, retriever=None)
     shapes, recipe = lm.backbone.projection_shapes(), {"train": {"bookmarks": "visible"}}

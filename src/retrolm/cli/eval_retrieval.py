@@ -31,6 +31,9 @@ def retrieval(
     adapter: Annotated[
         str, typer.Option(help="LoRA adapter (stage 2) on the model: a folder, a shipped one, auto, or none.")
     ] = "none",
+    agreement_layers: Annotated[
+        int, typer.Option(help="Also measure what the retriever's last layers agree on, of so many.", min=0)
+    ] = 0,
     heatmap: Annotated[int, typer.Option(help="Questions per set to draw as maps of layers and pages.", min=0)] = 0,
 ) -> None:  # fmt: skip
     """Measure page recall on dense prefill: trained retrievers, untrained bookmarks, training-free indexes, oracle."""
@@ -43,7 +46,7 @@ def retrieval(
     from ..evaluation.retrieval.scores import page_indexes
 
     indexes = page_indexes(index)
-    lm = load_bare(backbone)
+    lm = load_bare(backbone, agreement_layers=agreement_layers)
     folder = adapter_for(lm.backbone, adapter)
     if folder is not None:
         lm.use_adapter(folder)
@@ -53,9 +56,11 @@ def retrieval(
     run_recall(lm, sets.make(lm.tokenizer), retrievers, out, facts, heatmap, indexes, _show)
 
 
-def load_bare(backbone: BackboneOptions) -> RetroLM:
+def load_bare(backbone: BackboneOptions, agreement_layers: int = 0) -> RetroLM:
     """The model for measurements on a dense pass, whose budget doesn't matter."""
-    return load_engine(backbone.engine(kv_budget=max(2048, 3 * backbone.page_size)))
+    budget = max(2048, 3 * backbone.page_size)
+    settings = [f"agreement_layers={agreement_layers}"]
+    return load_engine(backbone.engine(kv_budget=budget, settings=settings))
 
 
 def load_retrievers(lm: RetroLM, names: list[str]) -> dict[str, PageRetriever]:

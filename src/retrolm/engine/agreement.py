@@ -44,7 +44,14 @@ def agreed_scores(choices: Sequence[LayerChoice], num_layers: int, num_sink: int
     scored = [choice.scores for choice in choices if choice.scores is not None][-num_layers:]
     if not scored:
         return None
-    scores_LP = torch.stack(scored)
+    return agreement(torch.stack(scored), num_sink, num_local)
+
+
+def agreement(scores_LP: Tensor, num_sink: int, num_local: int) -> Tensor | None:
+    """Mean over layers of scores [L, P], each layer's standardised over the pages that compete, float32 [P].
+
+    The first `num_sink` and the last `num_local` pages don't compete. None where fewer than two do.
+    """
     competing = scores_LP[:, num_sink : scores_LP.shape[1] - num_local]
     if competing.shape[1] < 2:
         return None

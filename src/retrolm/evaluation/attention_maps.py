@@ -18,8 +18,7 @@ from ..engine.page_batch import PageBatch
 from ..retriever import PageRetriever
 from .readers import sample_format
 from .retrieval.cases import RetrievalCase, retrieval_case
-from .retrieval.recall import scoring_layers
-from .retrieval.scores import ORACLE, UNTRAINED, score_pages
+from .retrieval.scores import ORACLE, UNTRAINED, score_pages, scoring_layers
 from .tasks.sample import EvalSample
 
 STRIP_TOKENS = 16

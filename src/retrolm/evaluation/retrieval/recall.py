@@ -13,7 +13,7 @@ from ...metrics.page_recall import page_hits
 from ...retriever import PageRetriever
 from ..statistics import score_interval
 from .cases import RetrievalCase
-from .scores import score_pages
+from .scores import score_pages, scoring_layers
 
 NUM_PAGES = (8, 14)
 
@@ -42,12 +42,6 @@ def recall_rows(
         if progress is not None:
             progress(count)
     return [_row(lm, name, pages, torch.stack(found).float()) for (name, pages), found in hits.items()]
-
-
-def scoring_layers(lm: RetroLM) -> list[int]:
-    """Layers with page scores of their own (D7)."""
-    first = lm.config.num_skip_layers
-    return [layer for layer in range(first, lm.backbone.num_layers) if lm.backbone.retrieves(layer)]
 
 
 def case_hits(scores_LP: Tensor, case: RetrievalCase, num_pages: int) -> Tensor:

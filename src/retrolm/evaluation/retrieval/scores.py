@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ...engine.agreement import agreement
 from ...engine.bookmark_stream import bookmark_stream, page_scores
 from ...engine.dense_pass import dense_pass
 from ...engine.model import RetroLM
@@ -48,7 +49,8 @@ def score_pages(
 
     Returns:
         float32 [L, P] by index name: `indexes`, the question's true attention mass on each page, mean over heads and
-        question tokens (the oracle), untrained bookmarks, and the retrievers.
+        question tokens (the oracle), untrained bookmarks, and the retrievers; with `agreement_layers` also what each
+        retriever's last layers agree on, the same for all layers.
     """
     batch = batch.to(lm.device)
     found: dict[str, list[Tensor]] = {name: [] for name in indexes}
@@ -66,7 +68,25 @@ def score_pages(
         bookmark = lm.untrained_bookmark() if retriever is None else retriever.embedding
         states = bookmark_stream(lm.backbone, lm.attachment, retriever, bookmark, batch, dense, lm.config)
         scores[name] = torch.stack([page_scores(states, layer)[0, 0] for layer in range(lm.backbone.num_layers)])
+        if retriever is not None and lm.config.agreement_layers:
+            scores[agreed_name(name, lm.config.agreement_layers)] = _agreed(lm, scores[name].float())
     return {name: value.float().cpu() for name, value in scores.items()}
+
+
+def agreed_name(retriever: str, num_layers: int) -> str:
+    """How rows call a retriever whose last layers agree on pages."""
+    return f"{retriever}, last {num_layers} layers agreed"
+
+
+def scoring_layers(lm: RetroLM) -> list[int]:
+    """Layers with page scores of their own (D7)."""
+    return [layer for layer in range(lm.config.num_skip_layers, lm.backbone.num_layers) if lm.backbone.retrieves(layer)]
+
+
+def _agreed(lm: RetroLM, scores_LP: Tensor) -> Tensor:
+    """What all layers attend where the last ones agree, [L, P]; the last text page is attended anyway."""
+    chosen = agreement(scores_LP[scoring_layers(lm)[-lm.config.agreement_layers :]], num_sink=0, num_local=1)
+    return scores_LP if chosen is None else chosen.expand_as(scores_LP)
 
 
 def _index_scores(lm: RetroLM, name: str, layer: int, batch: PageBatch, q_THD: Tensor, k_TKD: Tensor) -> Tensor:
