@@ -80,6 +80,17 @@ def test_bfloat16_with_fused_kernels_is_close(name: str) -> None:
     assert float(torch.cosine_similarity(*together, dim=0)) > 0.7
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_visible_bookmarks_train_in_bfloat16(name: str, tmp_path: Path) -> None:
+    """Checkpointed layers run again with the kernels of the first time."""
+    lm = backbone(name, torch.bfloat16, DEVICE)
+    seeing = RetroLM(lm.model, lm.tokenizer, config=lm.config.replace(bookmarks="visible", kv_budget=512))
+    trainer = tiny_trainer(tmp_path, seeing, dtype="bfloat16", bookmarks="visible", accumulate=1)
+    batches = trainer.reading(iter([tiny_batch(trainer.recipe, num_further=3)]))
+    norm = trainer.update(batches, more=False)[1]
+    assert norm is not None and norm.isfinite() and norm > 0
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_with_its_log_sum_exp(causal: bool) -> None:
     q, k, v = (torch.randn(3, heads, 67, 64, dtype=torch.bfloat16, device=DEVICE) for heads in (14, 2, 2))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,11 @@ from torch import Tensor
 
 from dense_reference import Sequence
 from retrolm.config import RetroConfig
+from retrolm.engine import visible_pass
 from retrolm.engine.bookmark_stream import page_scores
 from retrolm.engine.model import RetroLM
 from retrolm.engine.page_batch import PageBatch, page_batch
-from retrolm.engine.visible_pass import visible_stream
+from retrolm.engine.visible_pass import VisibleProgram, visible_stream
 from retrolm.errors import IncompatibleRetrieverError, UserError
 from retrolm.paging import page_lengths
 from retrolm.retriever import PageRetriever
@@ -69,6 +72,26 @@ def test_values_and_gradients_equal_the_dense_reference(name: str, num_prefix: i
     assert not lm.model.training
     num_scored = [len(single.pages) - 1 - len(page_lengths(num_prefix, W)) for single in singles]
     check_values_and_gradients(lm, retriever, found, singles, num_scored)
+
+
+def test_layers_run_again_with_the_kernels_of_the_first_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What kernels keep differs, so a checkpoint would end in an error."""
+    inside, seen = [False], []
+
+    @contextmanager
+    def block(device: torch.device) -> Iterator[None]:
+        before, inside[0] = inside[0], True
+        yield
+        inside[0] = before
+
+    attend = VisibleProgram.attend
+    monkeypatch.setattr(visible_pass, "shapes_may_vary", block)
+    monkeypatch.setattr(VisibleProgram, "attend", lambda *args: (seen.append(inside[0]), attend(*args))[1])
+    lm = attached("llama")
+    retriever = random_retriever(lm, 0).double()
+    scores = scores_of(lm, retriever, sequences(0)[0])
+    scores[scores.isfinite()].sum().backward()
+    assert len(seen) == 2 * lm.backbone.num_layers and all(seen)
 
 
 @pytest.mark.parametrize("num_prefix", [0, 11])

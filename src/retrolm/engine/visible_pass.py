@@ -130,8 +130,15 @@ def _checkpointed(backbone: Backbone, attachment: Attachment, program: VisiblePr
     if not torch.is_grad_enabled():
         yield
         return
-    checkpoint_layers(backbone.model, lambda: (nullcontext(), attachment.run(program)))
+    checkpoint_layers(backbone.model, lambda: (nullcontext(), _again(backbone, attachment, program)))
     try:
         yield
     finally:
         keep_layers(backbone.model)
+
+
+@contextmanager
+def _again(backbone: Backbone, attachment: Attachment, program: VisibleProgram) -> Iterator[None]:
+    """What holds while layers run for the first time: another attention kernel would keep other tensors."""
+    with attachment.run(program), shapes_may_vary(backbone.device):
+        yield
