@@ -33,7 +33,11 @@ class NaiveOptions:
     causal_selection: bool = False
     selection_scope: str = "layer"
     page_positions: str = "compact"
-    agreement_layers: int = 0
+    agreement_layers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.agreement_layers is None:
+            self.agreement_layers = 8 if self.selection_scope == "layer" else 0
 
     @property
     def marks(self) -> int:
@@ -121,8 +125,9 @@ class NaiveRetroLM:
         for scores in chosen:
             mean = sum(scores[i] for i in competing) / len(competing)
             spread = math.sqrt(sum((scores[i] - mean) ** 2 for i in competing) / len(competing))
-            for i, score in enumerate(scores):
-                total[i] += (score - mean) / (spread * len(chosen))
+            if spread > 1e-5 * max(abs(scores[i]) for i in competing):
+                for i, score in enumerate(scores):
+                    total[i] += (score - mean) / (spread * len(chosen))
         return total
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from retrolm.config import RetroConfig
-from retrolm.engine.agreement import agreed_scores
+from retrolm.engine.agreement import agreed_scores, agreement
 from retrolm.engine.captures import LayerChoice
 from retrolm.engine.model import RetroLM
 from retrolm.errors import UserError
@@ -56,6 +56,30 @@ def test_the_mean_of_standardised_scores() -> None:
     assert both is not None and torch.allclose(both[1:4], torch.zeros(3), atol=1e-6)
     assert last is not None and torch.allclose(last[1:4], torch.tensor([1.0, 0, -1]) * 1.5**0.5, atol=1e-6)
     assert agreed_scores([choice(None)], 1, 1, 1) is None and agreed_scores(layers, 2, num_sink=2, num_local=2) is None
+
+
+def test_a_layer_whose_scores_tie_has_no_say() -> None:
+    """Rounding, standardised, would weigh as much as what another layer knows."""
+    tied = torch.full((5,), 3.0) + torch.tensor([0, 1e-6, -1e-6, 0, 0])
+    told = torch.tensor([0.0, 30, 20, 10, 0])
+    both, alone = agreement(torch.stack([tied, told]), 1, 1), agreement(told[None], 1, 1)
+    assert both is not None and alone is not None and torch.allclose(2 * both[1:4], alone[1:4])
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "expected"),
+    [
+        ("retrolm", {}, 8),
+        ("retrolm", {"agreement_layers": 3}, 3),
+        ("retrolm", {"selection_scope": "head"}, 0),
+        ("quest_pages", {}, 0),
+        ("retrolm_retro", {}, 0),
+    ],
+)
+def test_each_method_has_a_default(method: str, options: dict[str, Any], expected: int) -> None:
+    config = RetroConfig(**{"kv_budget": 192, "page_size": 16, **options})
+    lm = RetroLM(tiny_model("llama", vocab_size=600), tiny_tokenizer(), config=config, method=method)
+    assert lm.config.agreement_layers == expected
 
 
 def test_a_method_that_revises_pages_refuses_it() -> None:

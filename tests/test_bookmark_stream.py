@@ -137,7 +137,7 @@ def test_first_pages_of_unequal_length_need_a_prefix() -> None:
 
 def tokenised(name: str, chat: bool) -> RetroLM:
     model = tiny_model(name, vocab_size=600, max_position_embeddings=1024)
-    config = RetroConfig(kv_budget=480, page_size=16, chunk_pages=3)
+    config = RetroConfig(kv_budget=480, page_size=16, chunk_pages=3, agreement_layers=0)
     return RetroLM(model, tiny_tokenizer(chat), config=config)
 
 

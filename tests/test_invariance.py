@@ -140,7 +140,7 @@ def poison(document: Document, kept: list[set[int]]) -> None:
 @pytest.mark.parametrize("cap", [None, 12 * PAGE_BYTES])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_unselected_pages_may_hold_anything(name: str, cap: int | None) -> None:
-    lm = make(name, 600, device_kv_bytes=cap, kv_budget=64)
+    lm = make(name, 600, device_kv_bytes=cap, kv_budget=64, agreement_layers=0)
     document = lm.read(STORY * 2)
     clean = document.ask("Who counted?", raw=True, max_new_tokens=10, do_sample=False)
     ids = document.table.ids.tolist()

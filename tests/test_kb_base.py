@@ -121,7 +121,7 @@ def test_conversations_and_streams_go_on_from_a_base(tmp_path: Path) -> None:
 
 
 def test_only_chosen_pages_are_read(tmp_path: Path) -> None:
-    lm = engine()
+    lm = engine(agreement_layers=0)
     base = KnowledgeBase.create(tmp_path / "base", lm)
     base.add(story(2800), name="story")
     found = base.ask(QUESTION, max_new_tokens=3)
@@ -190,7 +190,7 @@ def test_no_page_is_forced_but_the_prefix(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("first_layer", ["mean_key", "recent"])
 def test_the_first_layer_of_composed_documents_is_a_choice(first_layer: Any, tmp_path: Path) -> None:
-    base = KnowledgeBase.create(tmp_path / "base", engine())
+    base = KnowledgeBase.create(tmp_path / "base", engine(agreement_layers=0))
     base.add(story(400), name="a")
     base.add(story(400, 99), name="b")
     pages = base.ask(QUESTION, first_layer=first_layer, max_new_tokens=1).answer.retrieval.page_ids[0]

@@ -49,7 +49,9 @@ def continued(lm: RetroLM, rows: Tensor = IDS[None]) -> tuple[Tensor, Tensor]:
 def naive_logits(lm: RetroLM, window: int, said: list[int]) -> Tensor:
     retriever = lm.retriever
     assert retriever is not None
-    options = NaiveOptions(kv_budget=lm.config.kv_budget, page_size=W, bookmarks=lm.config.bookmarks)
+    options = NaiveOptions(
+        kv_budget=lm.config.kv_budget, page_size=W, bookmarks=lm.config.bookmarks, agreement_layers=0
+    )
     naive = NaiveRetroPages(lm.model, options, retriever.embedding.detach(), delta_matrices(lm, retriever))
     naive.window = window
     pages = cut(IDS.tolist())
@@ -80,9 +82,8 @@ def check_against_naive(lm: RetroLM, window: int) -> None:
 
 def test_a_window_of_one_is_retrolm_and_a_wider_one_is_not() -> None:
     model = tiny_model("llama")
-    (_, base), (_, one), (_, two) = (
-        continued(attach(model, *words)) for words in (("retrolm",), ("retrolm_retro", 1), ("retrolm_retro", 2))
-    )
+    base = continued(attach(model, "retrolm", agreement_layers=0))[1]
+    one, two = (continued(attach(model, window=window))[1] for window in (1, 2))
     assert torch.equal(base, one)
     assert torch.equal(base[: 2 * EVERY], two[: 2 * EVERY])  # nothing was generated before the first page
     assert (base[2 * EVERY :] - two[2 * EVERY :]).abs().max() > 1e-4

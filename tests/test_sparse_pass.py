@@ -118,7 +118,7 @@ def test_it_chooses_and_says_what_streaming_prefill_does(name: str, options: dic
 def test_a_prefix_page_is_read_as_in_documents() -> None:
     """The short sink page stands where `read` puts it: the same sets in every layer."""
     model, text = tiny_model("llama"), random_ids(78)
-    lm = RetroLM(model, config=RetroConfig(page_size=W, kv_budget=5 * W))
+    lm = RetroLM(model, config=RetroConfig(page_size=W, kv_budget=5 * W, agreement_layers=0))
     prefix = random_ids(5, 3)
     _, _, program = run(model, torch.cat([prefix, text]), 5, kv_budget=5 * W)
     lm.split_head = lambda *_: (prefix.tolist(), [])  # type: ignore[method-assign]

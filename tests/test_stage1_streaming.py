@@ -54,7 +54,7 @@ def test_on_a_large_budget_it_is_the_dense_pass(name: str, num_prefix: int) -> N
 @pytest.mark.parametrize("name", ["llama", "qwen2", "phi3"])
 def test_on_a_small_budget_scores_are_those_of_asking_the_document(name: str, rank: int) -> None:
     model = tiny_model(name, vocab_size=600, max_position_embeddings=1024)
-    lm = RetroLM(model, tiny_tokenizer(), config=RetroConfig(kv_budget=96, page_size=16, chunk_pages=3))
+    lm = RetroLM(model, tiny_tokenizer(), config=RetroConfig(kv_budget=96, page_size=16, agreement_layers=0))
     retriever = random_retriever(lm, rank)
     assert lm.format is not None
     texts = [random_ids(n, n).tolist() for n in (300, 211)]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+
+from retrolm.config import RetroConfig
 from retrolm.evaluation.answering import LocalAnswerer
 from retrolm.evaluation.rows import cell_identity, digest
-from retrolm.evaluation.variants import Variant, VariantLoader, variants_of
+from retrolm.evaluation.variants import Variant, VariantLoader, settings_of, variants_of
 from tiny_eval import CONFIG, PROVENANCE, story_sample, story_set, tiny_lm
 
 
@@ -30,6 +35,26 @@ def test_facts_name_knobs_and_only_options_that_matter() -> None:
     pages = plain.open(Variant("recency", 64)).facts
     assert "knobs" not in pages and "first_layer_mode" in pages["options"]
     assert plain.open(Variant("quest", 64)).facts["prefill"] == "dense"
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "knobs", "expected"),
+    [
+        ("retrolm", {}, {}, ""),
+        ("retrolm", {"agreement_layers": 0}, {}, "agreement_layers=0"),
+        ("retrolm", {"agreement_layers": 8}, {}, ""),
+        ("recency", {"first_layer_mode": "full"}, {}, "first_layer_mode=full"),
+        ("full", {"first_layer_mode": "full"}, {}, ""),
+        ("streaming_llm", {}, {"num_sink": 9}, "streaming_llm.num_sink=9"),
+    ],
+)
+def test_settings_are_what_differs_from_the_defaults(
+    method: str, options: dict[str, Any], knobs: dict[str, Any], expected: str
+) -> None:
+    config = RetroConfig(**options)
+    loader = VariantLoader(tiny_lm(), "tiny", config, method_options={method: knobs})
+    budget = 512 if method != "full" else None
+    assert settings_of(loader.open(Variant(method, budget, "none" if method == "retrolm" else None)).facts) == expected
 
 
 def test_rows_say_what_each_layer_attended_and_kept() -> None:

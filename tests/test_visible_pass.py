@@ -117,7 +117,8 @@ def test_several_questions_are_as_each_alone(name: str, num_prefix: int) -> None
 def test_training_scores_what_the_engine_scores(name: str, options: dict[str, Any]) -> None:
     """Where the budget holds the text; a prefix of several pages, short and long questions."""
     model = tiny_model(name, vocab_size=600, max_position_embeddings=1024)
-    settings: dict[str, Any] = {"kv_budget": 480, "page_size": 5, "chunk_pages": 3, "bookmarks": "visible", **options}
+    settings: dict[str, Any] = {"kv_budget": 480, "page_size": 5, "bookmarks": "visible", "agreement_layers": 0}
+    settings |= {"chunk_pages": 3, **options}
     lm = RetroLM(model, tiny_tokenizer(), config=RetroConfig(**settings))
     retriever = random_retriever(lm, 4)
     lm.use_retriever(retriever)

@@ -39,7 +39,8 @@ class RetroConfig:
         causal_selection: choose the pages of page i with the bookmark of page i-1, so that no token sees a
             choice made with knowledge of later tokens (D22).
         agreement_layers: with n > 0 a question is encoded twice; the second time all layers attend the pages on which
-            its last n layers agreed, by the mean of their standardised scores. 0 = each layer by its own scores.
+            its last n layers agreed, by the mean of their standardised scores. 0 = each layer by its own scores, as in
+            the paper; `None` = what suits the method (eight for `retrolm` unless heads choose for themselves, else 0).
         page_positions: where the pages stand that are attended: "compact" = side by side (D6 b); "true" = as far before
             the page that attends them as in the text; "true_for_questions" = so for questions and answers, side by
             side while reading. In a text longer than the model's window, what is left out between pages shrinks in
@@ -68,7 +69,7 @@ class RetroConfig:
     selection_scope: Literal["layer", "head"] = "layer"
     score_rope: bool = False
     causal_selection: bool = False
-    agreement_layers: int = 0
+    agreement_layers: int | None = None
     page_positions: Literal["compact", "true_for_questions", "true"] = "compact"
     retrieve_every: int = 0
     chunk_pages: int = 0
@@ -82,6 +83,8 @@ class RetroConfig:
         check_choices(self)
         for name, low in _LOWEST.items():
             value = getattr(self, name)
+            if value is None and name == "agreement_layers":
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise UserError(f"{name} must be a whole number of at least {low}, got {value!r}.")
         if self.kv_budget < MIN_BUDGET_PAGES * self.page_room:

@@ -32,8 +32,9 @@ def retrieval(
         str, typer.Option(help="LoRA adapter (stage 2) on the model: a folder, a shipped one, auto, or none.")
     ] = "none",
     agreement_layers: Annotated[
-        int, typer.Option(help="Also measure what the retriever's last layers agree on, of so many.", min=0)
-    ] = 0,
+        int | None, typer.Option(help="Also measure what so many last layers agree on, as questions do; 0 = don't.",
+                                 min=0, show_default="as retrolm does")
+    ] = None,
     heatmap: Annotated[int, typer.Option(help="Questions per set to draw as maps of layers and pages.", min=0)] = 0,
 ) -> None:  # fmt: skip
     """Measure page recall on dense prefill: trained retrievers, untrained bookmarks, training-free indexes, oracle."""
@@ -56,10 +57,10 @@ def retrieval(
     run_recall(lm, sets.make(lm.tokenizer), retrievers, out, facts, heatmap, indexes, _show)
 
 
-def load_bare(backbone: BackboneOptions, agreement_layers: int = 0) -> RetroLM:
+def load_bare(backbone: BackboneOptions, agreement_layers: int | None = None) -> RetroLM:
     """The model for measurements on a dense pass, whose budget doesn't matter."""
     budget = max(2048, 3 * backbone.page_size)
-    settings = [f"agreement_layers={agreement_layers}"]
+    settings = [] if agreement_layers is None else [f"agreement_layers={agreement_layers}"]
     return load_engine(backbone.engine(kv_budget=budget, settings=settings))
 
 

@@ -12,9 +12,24 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..config import RetroConfig
+from ..methods import Method
 from .captures import LayerChoice, QueryCapture
 from .chunk import Chunk, PageGroup
 from .encoder import Encoder
+
+_TIE = 1e-5  # of the largest score: what is less apart is rounding, which standardising would blow up
+
+
+def with_agreement(config: RetroConfig, method: Method) -> RetroConfig:
+    """`config` with `agreement_layers` decided: what suits the method, where nothing was said.
+
+    KV heads that choose for themselves (D4) share no set, so that they don't agree on one unless told to.
+    """
+    if config.agreement_layers is not None:
+        return config
+    shared = config.selection_scope == "layer"
+    return config.replace(agreement_layers=method.agreement_layers if shared else 0)
 
 
 def encode_questions(encoder: Encoder, groups: Sequence[PageGroup]) -> list[QueryCapture]:
@@ -50,10 +65,12 @@ def agreed_scores(choices: Sequence[LayerChoice], num_layers: int, num_sink: int
 def agreement(scores_LP: Tensor, num_sink: int, num_local: int) -> Tensor | None:
     """Mean over layers of scores [L, P], each layer's standardised over the pages that compete, float32 [P].
 
-    The first `num_sink` and the last `num_local` pages don't compete. None where fewer than two do.
+    The first `num_sink` and the last `num_local` pages don't compete. None where fewer than two do. A layer in which
+    all scores tie, but for rounding, has no say.
     """
     competing = scores_LP[:, num_sink : scores_LP.shape[1] - num_local]
     if competing.shape[1] < 2:
         return None
-    spread = competing.std(1, correction=0, keepdim=True).clamp(min=torch.finfo(scores_LP.dtype).tiny)
-    return ((scores_LP - competing.mean(1, keepdim=True)) / spread).mean(0)
+    spread, size = competing.std(1, correction=0, keepdim=True), competing.abs().amax(1, keepdim=True)
+    apart = scores_LP - competing.mean(1, keepdim=True)
+    return torch.where(spread > _TIE * size, apart / spread, 0).mean(0)

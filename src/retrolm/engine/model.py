@@ -18,6 +18,7 @@ from ..retriever import PageRetriever, check_choices, load_retriever
 from ..store import DigestIndex, PageLayout, PageStore
 from . import answer_dense, answer_landmark, answer_pages, answer_prune, answer_tokens  # noqa: F401  (file programs)
 from .adapter import LoraAdapter, load_adapter
+from .agreement import with_agreement
 from .answer_stream import stream_answer
 from .answering import PROGRAMS, Prompt
 from .attachment import Attachment
@@ -76,7 +77,7 @@ class RetroLM:
         self.disk_tier: tuple[Path, int] | None = None
         self.model = model
         self.backbone = Backbone(model, self._position_limit())
-        self.config = with_chunk_size(self.config, self.backbone)
+        self.config = with_agreement(with_chunk_size(self.config, self.backbone), self.method)
         if self.method.has_budget and self.config.kv_budget > self.backbone.window:
             raise UserError(
                 f"kv_budget={self.config.kv_budget} exceeds the model's window of {self.backbone.window} positions. "

@@ -12,6 +12,7 @@ from typing import Any
 from .readers import GREEDY, Prediction
 from .statistics import score_interval
 from .tasks import EvalSample, Task
+from .variants import settings_of
 
 FORMAT = 1
 LABELS = ("bucket", "difficulty", "length_class", "domain")
@@ -68,6 +69,7 @@ def sample_row(
     """The row of one sample; an `outcome` that is an error's text scores 0."""
     head: dict[str, Any] = {"key": sample_key(identity, sample), "config_hash": digest(identity)}
     head |= {"sample_id": sample.sample_id, **{key: identity[key] for key in _IDENTITY}, "metric": task.metric}
+    head |= {"settings": settings_of(identity)}
     head |= {"labels": {key: sample.extra[key] for key in LABELS if key in sample.extra}}
     tail = {**measured, **{key: provenance[key] for key in (*_PROVENANCE, "measured_at")}}
     if isinstance(outcome, str):
@@ -105,6 +107,7 @@ def _cell(rows: list[dict[str, Any]]) -> dict[str, Any]:
     extra = sorted({name for row in good for name in row["extra_scores"]})
     return {
         **{key: rows[0][key] for key in _IDENTITY},
+        "settings": rows[-1].get("settings", ""),  # rows of earlier versions don't say
         "metric": rows[0]["metric"],
         "score": sum(scores) / len(scores),
         "score_ci": list(score_interval(scores)),

@@ -154,6 +154,22 @@ class VariantLoader:
         }
 
 
+def settings_of(facts: Mapping[str, Any]) -> str:
+    """What a run's options and knobs differ in from the defaults, as they are given to --set; "" = in nothing.
+
+    Args:
+        facts: those of an `OpenVariant`, or a cell's identity that holds them.
+    """
+    kind = METHODS.get(facts["method"])
+    usual = {**asdict(RetroConfig()), "agreement_layers": kind.agreement_layers}
+    options = facts["options"] if kind.config_fields is not None else {**_LATER, **facts["options"]}
+    knobs = facts.get("knobs", {})
+    usual_knobs = asdict(kind.Knobs())
+    changed = [f"{key}={value}" for key, value in options.items() if value != usual[key]]
+    changed += [f"{kind.name}.{key}={value}" for key, value in knobs.items() if value != usual_knobs[key]]
+    return ", ".join(changed)
+
+
 def _options(lm: RetroLM) -> dict[str, Any]:
     """The options of `RetroConfig` that the method's results depend on, the budget aside."""
     fields = lm.method.config_fields

@@ -56,6 +56,8 @@ class Method:
         Knobs: frozen dataclass of its settings (`--set name.knob=value`, `method_options={…}`).
         has_budget: whether `kv_budget` means anything to it.
         needs_bookmarks: whether it reads bookmark tokens (and takes a page retriever).
+        agreement_layers: of how many last layers a question's pages are those they agree on, unless the configuration
+            says otherwise; 0 = each layer has its own.
         true_positions: whether positions run on to the prompt's length, rather than to the budget's.
         config_fields: the options of `RetroConfig` that change its results; None = all.
     """
@@ -78,6 +80,7 @@ class Method:
     Knobs: ClassVar[type[Any]] = NoKnobs
     has_budget: ClassVar[bool] = True
     needs_bookmarks: ClassVar[bool] = False
+    agreement_layers: ClassVar[int] = 0
     true_positions: ClassVar[bool] = False
     config_fields: ClassVar[tuple[str, ...] | None] = ("prefix_page",)
 

@@ -21,6 +21,7 @@ class BookmarkMethod(ScoresHeads):
     index = "key of the page's bookmark"
     query = "query of the current page's bookmark"
     needs_bookmarks = True
+    agreement_layers = 8
     reads_queries = False
 
     def digest(self, pages: PageTensors) -> Tensor:

@@ -50,4 +50,5 @@ class RetroLMRetro(RevisesPages, BookmarkMethod):
     """RetroAttention over RetroLM."""
 
     name = "retrolm_retro"
+    agreement_layers = 0
     summary = "retrolm with retrieve_every, its last generated pages revised with the pages that later ones choose"

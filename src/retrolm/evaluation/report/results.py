@@ -22,7 +22,8 @@ class Column:
     """One line of the tables: what was compared under a name of its own.
 
     Attributes:
-        prefill: "dense" or "streaming". suffix: tells apart what the other fields don't (other options, dtype).
+        prefill: "dense" or "streaming". settings: options and knobs that are not the defaults. suffix: tells apart
+            what the other fields don't (dtype, rows of earlier versions).
     """
 
     model: str
@@ -31,6 +32,7 @@ class Column:
     method: str
     retriever: str | None
     kv_budget: int | None
+    settings: str = ""
     suffix: str = ""
 
     @property
@@ -47,7 +49,7 @@ class Column:
     def method_name(self) -> str:
         """Method with its retriever; untrained bookmarks are the paper's "w/o Stage1"."""
         trained = "untrained, w/o stage 1" if self.retriever == UNTRAINED else self.retriever
-        parts = [part for part in (trained, self.adapter, self.suffix) if part]
+        parts = [part for part in (trained, self.adapter, self.settings, self.suffix) if part]
         return f"{self.method} ({', '.join(parts)})" if parts else self.method
 
 
@@ -130,7 +132,7 @@ class Results:
 def column_of(cell: dict[str, Any]) -> Column:
     """The column that a cell belongs to."""
     fields = {key: cell[key] for key in ("model", "adapter", "prefill", "method", "retriever", "kv_budget")}
-    return Column(**fields, suffix=cell.get("suffix", ""))
+    return Column(**fields, settings=cell.get("settings", ""), suffix=cell.get("suffix", ""))
 
 
 def family(task: str) -> str:

@@ -69,7 +69,9 @@ def score_pages(
         states = bookmark_stream(lm.backbone, lm.attachment, retriever, bookmark, batch, dense, lm.config)
         scores[name] = torch.stack([page_scores(states, layer)[0, 0] for layer in range(lm.backbone.num_layers)])
         if retriever is not None and lm.config.agreement_layers:
-            scores[agreed_name(name, lm.config.agreement_layers)] = _agreed(lm, scores[name].float())
+            scores[agreed_name(name, lm.config.agreement_layers)] = _agreed(
+                lm, scores[name].float(), lm.config.agreement_layers
+            )
     return {name: value.float().cpu() for name, value in scores.items()}
 
 
@@ -83,9 +85,9 @@ def scoring_layers(lm: RetroLM) -> list[int]:
     return [layer for layer in range(lm.config.num_skip_layers, lm.backbone.num_layers) if lm.backbone.retrieves(layer)]
 
 
-def _agreed(lm: RetroLM, scores_LP: Tensor) -> Tensor:
+def _agreed(lm: RetroLM, scores_LP: Tensor, num_layers: int) -> Tensor:
     """What all layers attend where the last ones agree, [L, P]; the last text page is attended anyway."""
-    chosen = agreement(scores_LP[scoring_layers(lm)[-lm.config.agreement_layers :]], num_sink=0, num_local=1)
+    chosen = agreement(scores_LP[scoring_layers(lm)[-num_layers:]], num_sink=0, num_local=1)
     return scores_LP if chosen is None else chosen.expand_as(scores_LP)
 
 
