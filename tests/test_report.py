@@ -236,6 +236,20 @@ def test_cells_of_other_settings_are_told_apart(tmp_path: Path) -> None:
     assert len(set(names)) == len(names) > 2 and all("settings" in name for name in names)
 
 
+def test_settings_name_a_column_over_all_lengths(tmp_path: Path) -> None:
+    """Cells of one setting have hashes of their own, and still stand in one line."""
+    rows = [row for row in made_up_rows(2, (4096, 8192)) if row["method"] == "recency" and row["kv_budget"] == 2048]
+    changed = {"settings": "num_local_pages=2"}
+    other = [{**r, "key": f"{r['key']}x", "config_hash": f"{r['config_hash']}x", **changed} for r in rows]
+    write_lines(tmp_path / "samples.jsonl", rows + other)
+    found = load_results([tmp_path])
+    assert [column.name for column in found.columns()] == [
+        "recency, 2048 tokens",
+        "recency (num_local_pages=2), 2048 tokens",
+    ]
+    assert all(found.cell(column, NEEDLES[0], length) for column in found.columns() for length in (4096, 8192))
+
+
 def test_all_files_are_written_and_the_page_needs_no_other(report: Path) -> None:
     names = {path.name for path in report.iterdir()}
     assert {"report.md", "report.html", "cells.csv", "ruler-by-length.png", "ruler-memory.png"} <= names

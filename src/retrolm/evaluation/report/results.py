@@ -88,7 +88,16 @@ class Results:
         """All columns, dense prefill first, then by method and budget."""
         found = dict.fromkeys(column_of(cell) for cell in self.cells)
         return sorted(
-            found, key=lambda c: (c.model, c.prefill, not c.is_dense, c.method, str(c.retriever), c.kv_budget or 0)
+            found,
+            key=lambda c: (
+                c.model,
+                c.prefill,
+                not c.is_dense,
+                c.method,
+                str(c.retriever),
+                c.kv_budget or 0,
+                c.settings,
+            ),
         )
 
     def cell(self, column: Column, task: str, length: int | None) -> dict[str, Any] | None:
