@@ -22,7 +22,7 @@ from retrolm.errors import UserError
 from retrolm.evaluation.journal import write_lines
 from retrolm.evaluation.report.costs import cost_table
 from retrolm.evaluation.report.pairs import MARGIN, compare, pair_rows, pair_tables, scopes, shared_scores
-from retrolm.evaluation.report.plots import SCORE, Line, comparable_lengths, drawn
+from retrolm.evaluation.report.plots import SCORE, Line, apart, comparable_lengths, drawn
 from retrolm.evaluation.report.results import Results, load_results
 from retrolm.evaluation.report.table import BEYOND, MISSING
 from retrolm.evaluation.report.tables import overview_table, score_tables
@@ -151,6 +151,11 @@ def test_all_names_of_a_plot_are_within_it(count: int) -> None:
     )
     for box in (legend.get_window_extent() for legend in legends):
         assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0
+
+
+def test_names_of_close_lengths_do_not_run_into_each_other() -> None:
+    assert apart([4096, 8192, 30720, 32768, 65536]) == [4096, 8192, 32768, 65536]
+    assert apart([512]) == [512] and apart([]) == []
 
 
 def test_lines_join_means_of_the_same_tasks_only(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from .table import BLOCKS, cells_interval, length_name
 
 _MARKERS = "osD^vP*X<>"
 _NUM_COLOURS = 10  # of the colour cycle; lines beyond it are dashed
+_CLOSE = 1.2  # places nearer to each other by this factor share a name
 _NAME_INCHES = 0.2  # height of a name below a panel
 SCORE = "score (of 100, mean over tasks)"
 
@@ -39,6 +41,11 @@ class Line:
     label: str
     points: list[tuple[float, float, float, float]]
     prefill: str | None = None
+
+
+def apart(ticks: list[float]) -> list[float]:
+    """Ascending places on a logarithmic axis whose names don't run into each other: of close ones, the last."""
+    return [tick for tick, after in zip(ticks, [*ticks[1:], math.inf], strict=False) if after / max(tick, 1) > _CLOSE]
 
 
 def all_plots(results: Results) -> list[Plot]:
@@ -138,7 +145,7 @@ def drawn(title: str, x_label: str, y_label: str, lines: list[Line]) -> Any:
     beside, below = ("center left", (1.02, 0.5)), ("upper left", (0.0, -0.12))
     place, anchor = beside if alone else below
     figure.suptitle(title)
-    ticks = sorted({point[0] for line in lines for point in line.points})
+    ticks = apart(sorted({point[0] for line in lines for point in line.points}))
     for axes, (heading, shown) in zip(_axes(figure, len(panels)), panels, strict=True):
         for index, line in enumerate(shown):
             _draw_line(axes, line, index, len(shown))
