@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from retrolm.config import RetroConfig
+from retrolm.engine import encoder, prefill_layers
 from retrolm.engine.adapter import CONFIG_FILE, TARGETS, AdapterCard, LoraAdapter, load_adapter, new_adapter
 from retrolm.engine.answering import Prompt
 from retrolm.engine.model import RetroLM
+from retrolm.engine.prefill_layers import can_fuse
 from retrolm.engine.sparse_pass import SparseProgram
 from retrolm.engine.text_loss import sparse_program, token_losses
 from retrolm.errors import UserError
@@ -106,6 +108,19 @@ def test_a_model_wrapped_by_peft_is_the_same(name: str, tmp_path: Path) -> None:
     wrapped.merge_adapter()
     with pytest.raises(UserError, match="merged into the weights"):
         other.logits(ids)
+
+
+@pytest.mark.parametrize("targets", list(TARGETS))
+def test_layers_of_our_own_read_with_it_as_the_stock_ones(targets: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where an MLP would take its rows some at a time, the last of which are bookmarks."""
+    ids = random_ids(140)
+    lm = attached(tiny_model("llama"))
+    lm.use_adapter(random_adapter(lm, targets))
+    monkeypatch.setattr(prefill_layers, "_MLP_INNER", 3 * lm.model.config.intermediate_size)
+    assert can_fuse(lm.backbone)
+    found = lm.logits(ids)
+    monkeypatch.setattr(encoder, "can_fuse", lambda backbone: False)
+    assert torch.allclose(found, lm.logits(ids), rtol=0, atol=1e-6)
 
 
 def test_streaming_and_one_pass_agree_with_an_adapter() -> None:

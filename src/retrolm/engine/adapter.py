@@ -60,13 +60,17 @@ class LoraPair(nn.Module):
         self.up = nn.Parameter(torch.zeros(out_features, rank))
 
     def forward(self, rows: Tensor, out: Tensor, scale: float, num_bookmarks: int) -> Tensor:
-        """Add the change to `out` [..., T, out] for all `rows` [..., T, in] but the last `num_bookmarks`."""
+        """Add the change to `out` [..., T, out] for all `rows` [..., T, in] but the last `num_bookmarks`.
+
+        Without gradients it is added in place: `out` is what a module just gave, and nobody else's.
+        """
         low = linear(rows, self.down.to(rows.dtype)) * scale
         if num_bookmarks:
             low = torch.cat([low[..., :-num_bookmarks, :], torch.zeros_like(low[..., -num_bookmarks:, :])], -2)
         # One kernel adds while it multiplies: `out` is wide, and read and written once this way.
-        low, up = low.flatten(0, -2).to(out.dtype), self.up.to(out.dtype)
-        return torch.addmm(out.flatten(0, -2), low, up.T).view_as(out)
+        low, up, wide = low.flatten(0, -2).to(out.dtype), self.up.to(out.dtype), out.flatten(0, -2)
+        added = torch.addmm(wide, low, up.T) if torch.is_grad_enabled() else wide.addmm_(low, up.T)
+        return added.view_as(out)
 
 
 class LoraAdapter(nn.Module):

@@ -1,7 +1,8 @@
 """The layers of Llama-type models over a chunk's rows, on the weights that their modules hold.
 
 What stands between two matrix products takes one kernel instead of several, and the stock rotation by position 0, which
-is none, is left out. Projections run as the modules they are, so that hooks on them act as in a stock forward pass.
+is none, is left out. Projections run as the modules they are, so that hooks on them, such as an adapter's, act as in a
+stock forward pass.
 Shape letters: B samples, T rows, E hidden size.
 """
 
@@ -12,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..ops.prefill_layer import add_rms_norm, silu_times
+from .adapter import AdapterHook
 from .attachment import Program
 from .backbone import Backbone
 from .decode_step import foreign_hook, fused_obstacle
@@ -25,8 +27,10 @@ def can_fuse(backbone: Backbone) -> bool:
 
 
 def is_plain(backbone: Backbone) -> bool:
-    """Whether the model is nothing but what `fused_rows` computes."""
-    return fused_obstacle(backbone) is None and backbone.rope(0).scaling == 1.0 and not foreign_hook(backbone.model)
+    """Whether the model is nothing but what `fused_rows` computes, an adapter on its projections aside."""
+    if fused_obstacle(backbone) is not None or backbone.rope(0).scaling != 1.0:
+        return False
+    return not foreign_hook(backbone.model, (AdapterHook.__module__,))
 
 
 def fused_rows(backbone: Backbone, program: Program, rows_BTE: Tensor, wanted: bool) -> Tensor | None:
@@ -55,9 +59,13 @@ def _attention(program: Program, layer: int, attention: Any, normed: Tensor, hea
 
 
 def _mlp(mlp: Any, normed: Tensor) -> Tensor:
-    """The gated MLP; where there are many rows, some at a time and into the memory of its input."""
+    """The gated MLP; where there are many rows, some at a time and into the memory of its input.
+
+    An adapter leaves out the bookmarks at the end of all rows, and so must see them at once.
+    """
     most = max(1, _MLP_INNER // int(mlp.down_proj.in_features))
-    if normed.shape[1] <= most:
+    adapted = any(part._forward_hooks for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+    if normed.shape[1] <= most or adapted:
         out: Tensor = mlp.down_proj(silu_times(mlp.gate_proj(normed), mlp.up_proj(normed)))
         return out
     for first in range(0, normed.shape[1], most):
