@@ -83,7 +83,7 @@ class RetroConfig:
         check_choices(self)
         for name, low in _LOWEST.items():
             value = getattr(self, name)
-            if value is None and name == "agreement_layers":
+            if value is None and getattr(type(self), name) is None:  # left to the engine
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise UserError(f"{name} must be a whole number of at least {low}, got {value!r}.")

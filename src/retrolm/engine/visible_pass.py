@@ -119,7 +119,7 @@ def visible_stream(
     rows = backbone.embed(batch.tokens_BT)
     marks = bookmark.to(rows.dtype).expand(len(rows), program.num_bookmarks, -1)
     positions = torch.zeros(len(rows), program.pages.num_rows, dtype=torch.int64, device=backbone.device)
-    with attachment.run(program), shapes_may_vary(backbone.device), _checkpointed(backbone, attachment, program):
+    with _running(backbone, attachment, program), _checkpointed(backbone, attachment, program):
         backbone.decoder(inputs_embeds=torch.cat([rows, marks], 1), position_ids=positions, use_cache=False)
     return program.states
 
@@ -130,7 +130,7 @@ def _checkpointed(backbone: Backbone, attachment: Attachment, program: VisiblePr
     if not torch.is_grad_enabled():
         yield
         return
-    checkpoint_layers(backbone.model, lambda: (nullcontext(), _again(backbone, attachment, program)))
+    checkpoint_layers(backbone.model, lambda: (nullcontext(), _running(backbone, attachment, program)))
     try:
         yield
     finally:
@@ -138,7 +138,7 @@ def _checkpointed(backbone: Backbone, attachment: Attachment, program: VisiblePr
 
 
 @contextmanager
-def _again(backbone: Backbone, attachment: Attachment, program: VisibleProgram) -> Iterator[None]:
-    """What holds while layers run for the first time: another attention kernel would keep other tensors."""
+def _running(backbone: Backbone, attachment: Attachment, program: VisibleProgram) -> Iterator[None]:
+    """What holds while layers run, the first time and again: another attention kernel would keep other tensors."""
     with attachment.run(program), shapes_may_vary(backbone.device):
         yield
