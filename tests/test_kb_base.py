@@ -68,6 +68,7 @@ def same_pages(one: Document, other: Document) -> bool:
         ("phi3-longrope", {"store_dtype": "float32", "first_layer_mode": "mean_key"}),
         ("mistral-sliding", {"score_rope": True, "causal_selection": True}),
         ("llama-mqa", {"retrieve_every": 4, "num_skip_layers": 2, "agreement_layers": 2}),
+        ("llama", {"agreement_layers": 2, "word_weight": 3.0}),
         ("llama", {"prefix_page": False, "num_local_pages": 2}),
         ("qwen2", {"store_bits": 8}),
         ("gemma3", {"store_bits": 4}),

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 import retrolm.rag.embedder
+from retrolm.asked_words import query_of
 from retrolm.bm25_library import load_bm25s
 from retrolm.config import RetroConfig
 from retrolm.engine.answering import Prompt
@@ -31,7 +32,6 @@ from retrolm.rag.chunks import best_first, chunk_spans, that_fit
 from retrolm.rag.embedder import Embedder, load_embedder
 from retrolm.rag.hybrid import fused
 from retrolm.rag.program import RagProgram
-from retrolm.rag.query import query_of
 from tiny_eval import story_sample
 from tiny_models import tiny_model
 from tiny_tokenizer import STORY, tiny_tokenizer

@@ -86,7 +86,7 @@ def test_fewer_bits_stay_close(bits: int, close: float, saved: Path, tmp_path: P
 
 def test_documents_keep_the_retriever_they_were_read_with() -> None:
     model = tiny_model("llama", vocab_size=600)
-    lm = RetroLM(model, tiny_tokenizer(), config=RetroConfig(kv_budget=96, page_size=8))
+    lm = RetroLM(model, tiny_tokenizer(), config=RetroConfig(kv_budget=96, page_size=8, word_weight=0.0))
     lm.use_retriever(random_retriever(lm, 0, 1))
     document = lm.read(STORY * 2)
     before = document.retrieve("Who counted?")

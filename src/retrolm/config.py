@@ -41,6 +41,9 @@ class RetroConfig:
         agreement_layers: with n > 0 a question is encoded twice; the second time all layers attend the pages on which
             its last n layers agreed, by the mean of their standardised scores. 0 = each layer by its own scores, as in
             the paper; `None` = what suits the method (eight for `retrolm` unless heads choose for themselves, else 0).
+        word_weight: what a page's share of the question's words counts beside what the layers agree on (BM25 over the
+            pages, standardised like their scores); needs `agreement_layers` and a tokenizer. 0 = words don't count, as
+            in the paper; `None` = what suits the method.
         page_positions: where the pages stand that are attended: "compact" = side by side (D6 b); "true" = as far before
             the page that attends them as in the text; "true_for_questions" = so for questions and answers, side by
             side while reading. In a text longer than the model's window, what is left out between pages shrinks in
@@ -70,6 +73,7 @@ class RetroConfig:
     score_rope: bool = False
     causal_selection: bool = False
     agreement_layers: int | None = None
+    word_weight: float | None = None
     page_positions: Literal["compact", "true_for_questions", "true"] = "compact"
     retrieve_every: int = 0
     chunk_pages: int = 0
@@ -96,9 +100,22 @@ class RetroConfig:
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        self._check_word_weight()
         cap = self.device_kv_bytes
         if cap is not None and (isinstance(cap, bool) or not isinstance(cap, int) or cap <= 0):
             raise UserError(f"device_kv_bytes must be positive or None, in whole bytes, got {cap!r}.")
+
+    def _check_word_weight(self) -> None:
+        weight = self.word_weight
+        if weight is None:
+            return
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+            raise UserError(f"word_weight must be a number of at least 0, got {weight!r}.")
+        if weight and self.agreement_layers == 0:
+            raise UserError(
+                f"word_weight={weight!r} counts words beside what a question's layers agree on, and agreement_layers=0 "
+                "leaves each layer to itself. Set agreement_layers to 1 or more, or word_weight to 0."
+            )
 
     @property
     def page_marks(self) -> int:

@@ -35,6 +35,10 @@ def retrieval(
         int | None, typer.Option(help="Also measure what so many last layers agree on, as questions do; 0 = don't.",
                                  min=0, show_default="as retrolm does")
     ] = None,
+    word_weight: Annotated[
+        float | None, typer.Option(help="Also measure what they agree on when shared words count so much; 0 = don't.",
+                                   min=0, show_default="as retrolm does")
+    ] = None,
     heatmap: Annotated[int, typer.Option(help="Questions per set to draw as maps of layers and pages.", min=0)] = 0,
 ) -> None:  # fmt: skip
     """Measure page recall on dense prefill: trained retrievers, untrained bookmarks, training-free indexes, oracle."""
@@ -47,7 +51,7 @@ def retrieval(
     from ..evaluation.retrieval.scores import page_indexes
 
     indexes = page_indexes(index)
-    lm = load_bare(backbone, agreement_layers=agreement_layers)
+    lm = load_bare(backbone, agreement_layers=agreement_layers, word_weight=word_weight)
     folder = adapter_for(lm.backbone, adapter)
     if folder is not None:
         lm.use_adapter(folder)
@@ -57,10 +61,10 @@ def retrieval(
     run_recall(lm, sets.make(lm.tokenizer), retrievers, out, facts, heatmap, indexes, _show)
 
 
-def load_bare(backbone: BackboneOptions, agreement_layers: int | None = None) -> RetroLM:
-    """The model for measurements on a dense pass, whose budget doesn't matter."""
+def load_bare(backbone: BackboneOptions, **settings_of: float | None) -> RetroLM:
+    """The model for measurements on a dense pass, whose budget doesn't matter; settings that are None are left out."""
     budget = max(2048, 3 * backbone.page_size)
-    settings = [] if agreement_layers is None else [f"agreement_layers={agreement_layers}"]
+    settings = [f"{name}={value}" for name, value in settings_of.items() if value is not None]
     return load_engine(backbone.engine(kv_budget=budget, settings=settings))
 
 

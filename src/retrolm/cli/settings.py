@@ -36,6 +36,8 @@ def _parse(key: str, text: str, hint: Any) -> Any:
         return _boolean(key, text)
     if int in kinds or any(type(kind) is int for kind in kinds):  # a number, or one of some numbers
         return _whole(key, text)
+    if float in kinds:
+        return _number(key, text)
     return text
 
 
@@ -43,6 +45,13 @@ def _boolean(key: str, text: str) -> bool:
     if text.lower() not in _BOOLEANS:
         raise UserError(f"{key} must be true or false, got {text!r}.")
     return _BOOLEANS[text.lower()]
+
+
+def _number(key: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{key} must be a number, got {text!r}.") from None
 
 
 def _whole(key: str, text: str) -> int:

@@ -2,6 +2,7 @@
 
 Deep layers know better than low ones which page a question is about. Bookmarks are scored layer by layer while a page
 is encoded, so what the last layers find comes too late for the others; a question is short enough to be encoded twice.
+Between the two, words that a page shares with the question may count as well (`page_words`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import RetroConfig
+from ..errors import UserError
 from ..methods import Method
 from .captures import LayerChoice, QueryCapture
 from .chunk import Chunk, PageGroup
@@ -21,28 +23,48 @@ from .encoder import Encoder
 _TIE = 1e-5  # of the largest score: what is less apart is rounding, which standardising would blow up
 
 
-def with_agreement(config: RetroConfig, method: Method) -> RetroConfig:
-    """`config` with `agreement_layers` decided: what suits the method, where nothing was said.
+def with_agreement(config: RetroConfig, method: Method, has_words: bool) -> RetroConfig:
+    """`config` with `agreement_layers` and `word_weight` decided: what suits the method, where nothing was said.
 
     KV heads that choose for themselves (D4) share no set, so that they don't agree on one unless told to.
+
+    Args:
+        has_words: whether there is a tokenizer. Raises `UserError` for a weight of words without one.
     """
-    if config.agreement_layers is not None:
-        return config
-    shared = config.selection_scope == "layer"
-    return config.replace(agreement_layers=method.agreement_layers if shared else 0)
+    if config.word_weight and not has_words:
+        raise UserError(f"word_weight={config.word_weight!r} needs a tokenizer: pass one, or set it to 0.")
+    num_layers, weight = config.agreement_layers, config.word_weight
+    if num_layers is None:
+        num_layers = method.agreement_layers if config.selection_scope == "layer" else 0
+    if weight is None:
+        weight = method.word_weight if num_layers and has_words else 0.0
+    return config.replace(agreement_layers=num_layers, word_weight=float(weight))
 
 
-def encode_questions(encoder: Encoder, groups: Sequence[PageGroup]) -> list[QueryCapture]:
-    """Encode query pages, with `agreement_layers` twice; returns what each attended, ready for decoding."""
+def encode_questions(
+    encoder: Encoder, groups: Sequence[PageGroup], matches: Sequence[Tensor | None] = ()
+) -> list[QueryCapture]:
+    """Encode query pages, with `agreement_layers` twice; returns what each attended, ready for decoding.
+
+    Where all pages are attended there is nothing to agree on, and once is enough.
+
+    Args:
+        matches: for each group how well each past page's words match, float32 [P] (`PageWords`); empty, or None for a
+            group, where words don't count.
+    """
     chunk = Chunk(list(groups), max(len(page) for group in groups for page in group.tokens))
     captures = encoder.encode(chunk).captures
     config = encoder.parts.config
-    if not config.agreement_layers:
+    if not config.agreement_layers or not any(group.leaves_out for group in groups):
         return captures
     agreed = [
         agreed_scores(capture.choices, config.agreement_layers, group.table.num_sink, config.num_local_pages)
         for group, capture in zip(groups, captures, strict=True)
     ]
+    for i, words in enumerate(matches):
+        agreed[i] = with_words(
+            agreed[i], words, config.word_weight or 0.0, groups[i].table.num_sink, config.num_local_pages
+        )
     if all(scores is None for scores in agreed):
         return captures
     again = [
@@ -60,6 +82,14 @@ def agreed_scores(choices: Sequence[LayerChoice], num_layers: int, num_sink: int
     if not scored:
         return None
     return agreement(torch.stack(scored), num_sink, num_local)
+
+
+def with_words(
+    agreed_P: Tensor | None, matches_P: Tensor | None, weight: float, num_sink: int, num_local: int
+) -> Tensor | None:
+    """What layers agree on, and `weight` times how well words match, standardised alike, float32 [P]; None stays."""
+    words = None if matches_P is None or not weight else agreement(matches_P[None], num_sink, num_local)
+    return agreed_P if agreed_P is None or words is None else agreed_P + weight * words.to(agreed_P.device)
 
 
 def agreement(scores_LP: Tensor, num_sink: int, num_local: int) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import accumulate, chain
 
 import numpy as np
 import torch
@@ -55,6 +55,12 @@ class PageGroup:
         """The group itself, or those that were joined to it."""
         return self.questions or [self]
 
+    @property
+    def leaves_out(self) -> bool:
+        """Whether there are past pages that are not attended."""
+        num_sink = self.table.num_sink
+        return any(past - num_sink > room for past, room in zip(self.num_past, self.room, strict=True))
+
     def own_starts(self) -> Tensor:
         """Where the own tokens begin inside each own slot, int64 [n, O]: sink pages stand at the right."""
         if self.is_query:
@@ -99,6 +105,12 @@ def text_lengths(pages: list[list[int]], config: RetroConfig) -> Tensor:
 def query_lengths(num_tokens: int, config: RetroConfig) -> list[int]:
     """Tokens in each stored page of a query of `num_tokens`; where it is visible, its bookmark is the last."""
     return page_lengths(num_tokens + config.page_marks, config.page_room)
+
+
+def query_pages(tokens: list[int], config: RetroConfig) -> list[list[int]]:
+    """Ids in each stored page of a query, without its bookmark."""
+    ends = list(accumulate(query_lengths(len(tokens), config)))
+    return [tokens[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def text_group(

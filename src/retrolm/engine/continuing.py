@@ -13,6 +13,7 @@ from .decode_round import Query
 from .encoder import Encoder
 from .loading import eos_ids
 from .page_reading import cut_pages, paged_text
+from .page_words import PageWords
 from .retro_generation import generator_over
 from .sources import require_vocabulary
 
@@ -29,7 +30,7 @@ def continue_prompts(
     checked = lm.options_for(options, eos_ids(lm.model.generation_config))
     cut = [cut_pages([], ids, lm.config.page_size) for ids in prompts]
     encoder = lm.encoder_over(lm.new_store(sum(map(len, cut))))
-    queries = _queries(encoder, cut)
+    queries = _queries(lm, encoder, cut)
     new = checked.max_new_tokens if max_new_tokens is None else max_new_tokens
     generator_over(encoder).run(queries, new, checked)
     sequences = [tokens for query in queries for tokens in query.sequences]
@@ -47,12 +48,13 @@ def _prompts(lm: RetroLM, rows: Tensor, attention_mask: Tensor | None) -> list[l
     return prompts
 
 
-def _queries(encoder: Encoder, cut: list[list[list[int]]]) -> list[Query]:
+def _queries(lm: RetroLM, encoder: Encoder, cut: list[list[list[int]]]) -> list[Query]:
     """Read all pages but each prompt's last one, which becomes the query."""
     texts = [paged_text(encoder.parts.store, pages[:-1], 0, encoder.parts.config) for pages in cut]
     if any(text.pages for text in texts):
         encoder.read([text for text in texts if text.pages])
-    return [Query(text.table, pages[-1], pages[:-1]) for text, pages in zip(texts, cut, strict=True)]
+    words = [None if lm.tokenizer is None else PageWords(lm.tokenizer, lm.format) for _ in cut]
+    return [Query(text.table, pages[-1], pages[:-1], its) for text, pages, its in zip(texts, cut, words, strict=True)]
 
 
 def _joined(rows: Tensor, sequences: Sequence[Sequence[int]], pad_id: int) -> Tensor:

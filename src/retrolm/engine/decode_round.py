@@ -19,6 +19,7 @@ from .decode import DecodeProgram, build_cache
 from .decode_reading import DecodeRequest
 from .fast_decode import Decoded, fast_decode_of
 from .generate_options import Call, GenerateOptions
+from .page_words import PageWords
 from .prefill import LayerChoice, QueryCapture
 
 
@@ -28,6 +29,7 @@ class Query:
 
     Attributes:
         table: pages before it. tokens: ids of the page. past: ids of the pages before it, for logits processors.
+        words: of these pages; needed with `word_weight`.
         choices: per layer, what the first query page attended (later ones replace nothing).
         ended: generation came to an end of its own, not to `max_new_tokens`.
         decode_path: what generated: the engine's own loop, or transformers' `generate` and why.
@@ -36,6 +38,7 @@ class Query:
     table: PageTable
     tokens: list[int]
     past: list[list[int]]
+    words: PageWords | None = None
     generated: list[int] = field(default_factory=list)
     choices: list[LayerChoice] = field(default_factory=list)
     sequences: list[list[int]] = field(default_factory=list)

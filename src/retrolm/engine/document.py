@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..paging import PageTable
+from .page_words import PageWords
 from .results import Answer, PageUse, Retrieval
 
 if TYPE_CHECKING:
@@ -48,6 +50,11 @@ class Document:
     @property
     def num_pages(self) -> int:
         return len(self.table)
+
+    @cached_property
+    def words(self) -> PageWords | None:
+        """Its words, for questions with `word_weight`; None without a tokenizer."""
+        return None if self.lm.tokenizer is None else PageWords(self.lm.tokenizer, self.lm.format)
 
     def ask(self, question: str | Sequence[str], *, max_new_tokens: int = 64, raw: bool = False, **options: Any) -> Any:
         """Answer a question, or several at once.

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from ..config import RetroConfig
 from ..errors import UserError
 from .agreement import encode_questions
 from .backbone import Backbone
-from .chunk import PageGroup, query_lengths
+from .chunk import PageGroup, query_lengths, query_pages
 from .decode_round import Query, Round, continue_round
 from .encoder import Encoder
 from .generate_options import GenerateOptions, OneStream
@@ -89,7 +90,7 @@ class Generator:
         """The query's page becomes past; the tokens generated last become the next query page."""
         lengths = query_lengths(len(query.tokens), self._encoder.parts.config)
         query.table = query.table.extended(held[-len(lengths) :], torch.tensor(lengths))
-        query.past = [*query.past, query.tokens]
+        query.past = [*query.past, *query_pages(query.tokens, self._encoder.parts.config)]
         query.tokens = query.generated[-every:]
 
     def _round(
@@ -118,7 +119,7 @@ class Generator:
 
     def _encode(self, queries: list[Query], groups: list[PageGroup]) -> list[QueryCapture]:
         """Run the query pages through the model."""
-        return encode_questions(self._encoder, groups)
+        return encode_questions(self._encoder, groups, word_matches(queries, groups, self._encoder.parts.config))
 
     def _continue(self, asked: Round, started: float) -> None:
         """Generate, and note in each query what came of it; the round began at `started`."""
@@ -131,6 +132,16 @@ class Generator:
             query.decode_path = found.path
             query.ttft_s = query.ttft_s or found.first_at - started
             query.tpot_s = found.tpot_s
+
+
+def word_matches(queries: list[Query], groups: list[PageGroup], config: RetroConfig) -> list[Tensor | None]:
+    """How well the words of each query's past pages match it, float32 [P]; None where that changes nothing."""
+    return [
+        query.words.matches(query.past, query.tokens)
+        if config.word_weight and group.leaves_out and query.words is not None
+        else None
+        for query, group in zip(queries, groups, strict=True)
+    ]
 
 
 def _record(query: Query, capture: QueryCapture, found: list[tuple[list[int], bool]], backbone: Backbone) -> None:

@@ -77,7 +77,9 @@ class RetroLM:
         self.disk_tier: tuple[Path, int] | None = None
         self.model = model
         self.backbone = Backbone(model, self._position_limit())
-        self.config = with_agreement(with_chunk_size(self.config, self.backbone), self.method)
+        self.config = with_agreement(
+            with_chunk_size(self.config, self.backbone), self.method, has_words=tokenizer is not None
+        )
         if self.method.has_budget and self.config.kv_budget > self.backbone.window:
             raise UserError(
                 f"kv_budget={self.config.kv_budget} exceeds the model's window of {self.backbone.window} positions. "

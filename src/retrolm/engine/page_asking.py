@@ -10,10 +10,11 @@ import torch
 from ..errors import UserError
 from .agreement import encode_questions
 from .answers import build_answer, build_retrieval
-from .chunk import query_lengths
+from .chunk import query_lengths, query_pages
 from .decode_round import Query
 from .document import Document, Past
 from .generate_options import GenerateOptions
+from .generation import word_matches
 from .page_reading import cut_pages
 from .prompts import QUESTION_TEMPLATE
 from .results import Answer, Retrieval
@@ -41,7 +42,9 @@ def ask_pages(
     answers: dict[int, Answer] = {}
     for members in groups.values():
         part = [pairs[i] for i in members]
-        queries = [Query(doc.table, question_ids(lm, question, raw), doc.token_ids) for doc, question in part]
+        queries = [
+            Query(doc.table, question_ids(lm, question, raw), doc.token_ids, doc.words) for doc, question in part
+        ]
         encoder = part[0][0].encoder
         for ids in generator_over(encoder).run(queries, max_new_tokens, checked):
             encoder.parts.store.release(ids)
@@ -56,7 +59,9 @@ def retrieve(lm: RetroLM, document: Document, question: str, *, raw: bool = Fals
     encoder, tokens = document.encoder, question_ids(lm, question, raw)
     ids = encoder.parts.store.reserve(len(query_lengths(len(tokens), lm.config)))
     try:
-        (capture,) = encode_questions(encoder, [encoder.query(document.table, ids, tokens)])
+        groups = [encoder.query(document.table, ids, tokens)]
+        query = Query(document.table, tokens, document.token_ids, document.words)
+        (capture,) = encode_questions(encoder, groups, word_matches([query], groups, lm.config))
     finally:
         encoder.parts.store.release(ids)
     return build_retrieval(document, document.table, capture.choices)
@@ -74,12 +79,13 @@ def turn(
 ) -> tuple[Answer, Past]:
     """One turn of a conversation, and what is past for the next one: the turn has become pages."""
     encoder = document.encoder
-    query = Query(past.table, question_ids(lm, question, raw, follow_up=len(past.turn_ids) > 0), past.token_ids)
+    tokens = question_ids(lm, question, raw, follow_up=len(past.turn_ids) > 0)
+    query = Query(past.table, tokens, past.token_ids, document.words)
     checked = answer_options(lm, options)
     (held,) = generator_over(encoder).run([query], max_new_tokens, checked)
     lengths = query_lengths(len(query.tokens), lm.config)
     table = query.table.extended(held[-len(lengths) :], torch.tensor(lengths))
-    token_ids = [*query.past, query.tokens]
+    token_ids = [*query.past, *query_pages(query.tokens, lm.config)]
     try:
         rest = cut_pages([], _unencoded(lm, query), lm.config.page_size)
         if rest:

@@ -21,7 +21,7 @@ UNTRAINED = "untrained"
 NO_RETRIEVER = "none"
 # These change speed and memory, never results, so they are no part of what identifies a run.
 _SPEED_ONLY = ("chunk_pages", "device_kv_bytes")
-_LATER = {"agreement_layers": 0}  # left out where unset, so that rows measured before there was such an option count
+_LATER = {"agreement_layers": 0, "word_weight": 0.0}  # left out where unset: rows from before such options count
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,9 @@ def settings_of(facts: Mapping[str, Any]) -> str:
         facts: those of an `OpenVariant`, or a cell's identity that holds them.
     """
     kind = METHODS.get(facts["method"])
-    usual = {**asdict(RetroConfig()), "agreement_layers": kind.agreement_layers}
     options = facts["options"] if kind.config_fields is not None else {**_LATER, **facts["options"]}
+    usual = {**asdict(RetroConfig()), "agreement_layers": kind.agreement_layers}
+    usual["word_weight"] = kind.word_weight if options.get("agreement_layers") else 0.0
     knobs = facts.get("knobs", {})
     usual_knobs = asdict(kind.Knobs())
     changed = [f"{key}={value}" for key, value in options.items() if value != usual[key]]

@@ -19,7 +19,15 @@ if TYPE_CHECKING:
 
 # Options that change where and how fast things are done, or only answers; all others change stored numbers.
 NOT_STORED = frozenset(
-    {"chunk_pages", "device_kv_bytes", "host_kv_bytes", "disk_folder", "retrieve_every", "agreement_layers"}
+    {
+        "chunk_pages",
+        "device_kv_bytes",
+        "host_kv_bytes",
+        "disk_folder",
+        "retrieve_every",
+        "agreement_layers",
+        "word_weight",
+    }
 )
 _SAMPLES = 64
 

@@ -58,6 +58,8 @@ class Method:
         needs_bookmarks: whether it reads bookmark tokens (and takes a page retriever).
         agreement_layers: of how many last layers a question's pages are those they agree on, unless the configuration
             says otherwise; 0 = each layer has its own.
+        word_weight: what a page's share of the question's words counts beside that, unless the configuration says
+            otherwise; 0 = nothing.
         true_positions: whether positions run on to the prompt's length, rather than to the budget's.
         config_fields: the options of `RetroConfig` that change its results; None = all.
     """
@@ -81,6 +83,7 @@ class Method:
     has_budget: ClassVar[bool] = True
     needs_bookmarks: ClassVar[bool] = False
     agreement_layers: ClassVar[int] = 0
+    word_weight: ClassVar[float] = 0.0
     true_positions: ClassVar[bool] = False
     config_fields: ClassVar[tuple[str, ...] | None] = ("prefix_page",)
 

@@ -22,6 +22,7 @@ class BookmarkMethod(ScoresHeads):
     query = "query of the current page's bookmark"
     needs_bookmarks = True
     agreement_layers = 8
+    word_weight = 1.0
     reads_queries = False
 
     def digest(self, pages: PageTensors) -> Tensor:

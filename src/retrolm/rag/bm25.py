@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from ..bm25_library import load_bm25s
 from ..methods.base import METHODS
+from ..word_index import words
 from .method import RagMethod
-
-_WORD = re.compile(r"\w+")
 
 
 @METHODS.register("rag_bm25")
@@ -38,8 +36,3 @@ def bm25_scores(query: str, chunks: Sequence[str]) -> list[float]:
     index = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
     index.index(corpus, show_progress=False)
     return [float(score) for score in index.get_scores(asked)]
-
-
-def words(text: str) -> list[str]:
-    """Lower-case words and numbers of a text."""
-    return _WORD.findall(text.lower())

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
+from ..asked_words import query_of
 from ..engine.answer_dense import DenseProgram
 from ..engine.answering import PROGRAMS, Prompt
 from ..engine.results import Answer
 from ..errors import UserError
 from .chunks import best_first, chunk_spans, that_fit
 from .method import RagMethod
-from .query import query_of
 
 
 @PROGRAMS.register("rag")

@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ...engine.agreement import agreement
+from ...engine.agreement import agreement, with_words
 from ...engine.bookmark_stream import bookmark_stream, page_scores
 from ...engine.dense_pass import dense_pass
 from ...engine.model import RetroLM
 from ...engine.page_attention import PageAttention
 from ...engine.page_batch import PageBatch
+from ...engine.page_words import PageWords
 from ...errors import unknown
 from ...methods import METHODS, PageMethod, PageTensors
 from ...retriever import PageRetriever
@@ -50,7 +51,7 @@ def score_pages(
     Returns:
         float32 [L, P] by index name: `indexes`, the question's true attention mass on each page, mean over heads and
         question tokens (the oracle), untrained bookmarks, and the retrievers; with `agreement_layers` also what each
-        retriever's last layers agree on, the same for all layers.
+        retriever's last layers agree on, the same for all layers, and with `word_weight` that and words together.
     """
     batch = batch.to(lm.device)
     found: dict[str, list[Tensor]] = {name: [] for name in indexes}
@@ -69,15 +70,13 @@ def score_pages(
         states = bookmark_stream(lm.backbone, lm.attachment, retriever, bookmark, batch, dense, lm.config)
         scores[name] = torch.stack([page_scores(states, layer)[0, 0] for layer in range(lm.backbone.num_layers)])
         if retriever is not None and lm.config.agreement_layers:
-            scores[agreed_name(name, lm.config.agreement_layers)] = _agreed(
-                lm, scores[name].float(), lm.config.agreement_layers
-            )
+            scores |= _agreed(lm, name, scores[name].float(), batch)
     return {name: value.float().cpu() for name, value in scores.items()}
 
 
-def agreed_name(retriever: str, num_layers: int) -> str:
-    """How rows call a retriever whose last layers agree on pages."""
-    return f"{retriever}, last {num_layers} layers agreed"
+def agreed_name(retriever: str, num_layers: int, word_weight: float = 0.0) -> str:
+    """How rows call a retriever whose last layers agree on pages, and what words count beside them."""
+    return f"{retriever}, last {num_layers} layers agreed" + (f", words counted {word_weight:g}" if word_weight else "")
 
 
 def scoring_layers(lm: RetroLM) -> list[int]:
@@ -85,10 +84,22 @@ def scoring_layers(lm: RetroLM) -> list[int]:
     return [layer for layer in range(lm.config.num_skip_layers, lm.backbone.num_layers) if lm.backbone.retrieves(layer)]
 
 
-def _agreed(lm: RetroLM, scores_LP: Tensor, num_layers: int) -> Tensor:
-    """What all layers attend where the last ones agree, [L, P]; the last text page is attended anyway."""
-    chosen = agreement(scores_LP[scoring_layers(lm)[-num_layers:]], num_sink=0, num_local=1)
-    return scores_LP if chosen is None else chosen.expand_as(scores_LP)
+def _agreed(lm: RetroLM, name: str, scores_LP: Tensor, batch: PageBatch) -> dict[str, Tensor]:
+    """What all layers attend where the last ones agree, and with words, each [L, P]; the last page doesn't compete."""
+    num_layers, weight = lm.config.agreement_layers or 0, lm.config.word_weight or 0.0
+    agreed = agreement(scores_LP[scoring_layers(lm)[-num_layers:]], num_sink=0, num_local=1)
+    found = {agreed_name(name, num_layers): agreed}
+    if weight:
+        together = with_words(agreed, _word_matches(lm, batch), weight, num_sink=0, num_local=1)
+        found[agreed_name(name, num_layers, weight)] = together
+    return {key: scores_LP if value is None else value.expand_as(scores_LP) for key, value in found.items()}
+
+
+def _word_matches(lm: RetroLM, batch: PageBatch) -> Tensor:
+    """How well each text page's words match the question's, [P]."""
+    ends_M = batch.starts_BM[0] + batch.lengths_BM[0]
+    *pages, question = (batch.tokens_BT[0, a:b].tolist() for a, b in zip(batch.starts_BM[0], ends_M, strict=True))
+    return PageWords(lm.tokenizer, lm.format).matches(pages, question)
 
 
 def _index_scores(lm: RetroLM, name: str, layer: int, batch: PageBatch, q_THD: Tensor, k_TKD: Tensor) -> Tensor:
