@@ -141,7 +141,7 @@ def test_page_recall_is_reported_by_layer_for_the_indexes_asked_for(model: Path,
 
 
 def test_page_recall_of_layers_that_agree(model: Path, tmp_path: Path) -> None:
-    """The row stands beside the retriever's own, and is that of the standardised scores' mean."""
+    """The row stands beside the retriever's own, and is that of the standardised scores' mean; then that with words."""
     lm = RetroLM.from_pretrained(model, retriever=None)
     card = RetrieverCard(lm.backbone.fingerprint(), 2, 32, "own", {})
     PageRetriever(lm.backbone.projection_shapes(), lm.untrained_bookmark(), card).save(tmp_path / "own")
@@ -155,6 +155,12 @@ def test_page_recall_of_layers_that_agree(model: Path, tmp_path: Path) -> None:
     agreed = [row for row in rows if row["index"] == "own, last 2 layers agreed"]
     assert len(agreed) == 2 and all(len(set(row["layers"])) == 1 for row in agreed)
     assert len({row["config_hash"] for row in rows}) == 2
+    told = [row for row in rows if row["index"] == "own, last 2 layers agreed, words counted 1"]
+    assert [row["recall"] for row in told] == [1.0, 1.0]  # the needle's page alone has its words
+    assert run_cli(*words, "--agreement-layers", 2, "--word-weight", 0).code == 0
+    rows = list(read_lines(tmp_path / "rows" / "recall.jsonl"))
+    assert sum("words counted" in row["index"] for row in rows) == 4
+    assert len({row["config_hash"] for row in rows}) == 3
 
 
 def test_a_retriever_trained_in_another_reading_is_refused(model: Path, tmp_path: Path) -> None:
