@@ -10,6 +10,7 @@ import torch
 from retrolm.config import RetroConfig
 from retrolm.engine.agreement import agreed_scores, agreement
 from retrolm.engine.captures import LayerChoice
+from retrolm.engine.encoder import Encoder
 from retrolm.engine.model import RetroLM
 from retrolm.errors import UserError
 from tiny_models import tiny_model
@@ -88,3 +89,19 @@ def test_a_method_that_revises_pages_refuses_it() -> None:
         lm.read(STORY * 6).ask(QUESTIONS[0])
     with pytest.raises(UserError, match="agreement_layers must be a whole number of at least 0, got -1"):
         make(agreement_layers=-1)
+
+
+@pytest.mark.parametrize(("text", "budget", "expected"), [(STORY, 512, 1), (STORY * 6, 192, 2)])
+def test_a_question_is_encoded_twice_only_where_pages_are_left_out(
+    text: str, budget: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = make(kv_budget=budget).read(text)
+    calls, encode = [], Encoder.encode
+
+    def counted(self: Encoder, chunk: Any, *args: Any, **options: Any) -> Any:
+        calls.append(chunk)
+        return encode(self, chunk, *args, **options)
+
+    monkeypatch.setattr(Encoder, "encode", counted)
+    document.retrieve(QUESTIONS[0])
+    assert len(calls) == expected
