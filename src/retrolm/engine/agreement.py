@@ -52,25 +52,30 @@ def encode_questions(
         matches: for each group how well each past page's words match, float32 [P] (`PageWords`); empty, or None for a
             group, where words don't count.
     """
-    chunk = Chunk(list(groups), max(len(page) for group in groups for page in group.tokens))
-    captures = encoder.encode(chunk).captures
+    captures = encoder.encode(_chunk_of(groups)).captures
     config = encoder.parts.config
-    if not config.agreement_layers or not any(group.leaves_out for group in groups):
-        return captures
-    agreed = [
-        agreed_scores(capture.choices, config.agreement_layers, group.table.num_sink, config.num_local_pages)
-        for group, capture in zip(groups, captures, strict=True)
-    ]
-    for i, words in enumerate(matches):
-        agreed[i] = with_words(
-            agreed[i], words, config.word_weight or 0.0, groups[i].table.num_sink, config.num_local_pages
-        )
-    if all(scores is None for scores in agreed):
-        return captures
-    again = [
-        replace(group, agreed_P=scores, moves={}, last_probe={}) for group, scores in zip(groups, agreed, strict=True)
-    ]
-    return encoder.encode(Chunk(again, chunk.width)).captures
+    again: dict[int, PageGroup] = {}
+    for i, group in enumerate(groups):
+        agreed = _agreed(captures[i], group, matches[i] if matches else None, config)
+        if agreed is not None:
+            again[i] = replace(group, agreed_P=agreed, moves={}, last_probe={})
+    if again:
+        for i, capture in zip(again, encoder.encode(_chunk_of(list(again.values()))).captures, strict=True):
+            captures[i] = capture
+    return captures
+
+
+def _chunk_of(groups: Sequence[PageGroup]) -> Chunk:
+    return Chunk(list(groups), max(len(page) for group in groups for page in group.tokens))
+
+
+def _agreed(capture: QueryCapture, group: PageGroup, matches_P: Tensor | None, config: RetroConfig) -> Tensor | None:
+    """Scores of past pages that all layers of a question are to use, [P]; None where each keeps its own."""
+    if not config.agreement_layers or not group.leaves_out:
+        return None
+    num_sink, num_local = group.table.num_sink, config.num_local_pages
+    agreed = agreed_scores(capture.choices, config.agreement_layers, num_sink, num_local)
+    return with_words(agreed, matches_P, config.word_weight or 0.0, num_sink, num_local)
 
 
 def agreed_scores(choices: Sequence[LayerChoice], num_layers: int, num_sink: int, num_local: int) -> Tensor | None:
