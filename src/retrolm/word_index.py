@@ -34,7 +34,8 @@ class WordIndex:
         num_texts = len(self._lengths)
         total = np.zeros(num_texts)
         text_of = np.repeat(np.arange(num_texts), self._lengths)
-        damped = _K1 * (1 - _B + _B * self._lengths / max(self._lengths.mean(), 1)) if num_texts else total
+        mean = self._lengths.sum() / max(num_texts, 1) or 1.0
+        damped = _K1 * (1 - _B + _B * self._lengths / mean)
         for word in words(question):
             number = self._numbers.get(word)
             if number is not None:

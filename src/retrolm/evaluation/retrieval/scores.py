@@ -64,13 +64,14 @@ def score_pages(
 
     dense = dense_pass(lm.backbone, lm.attachment, batch, observe)
     scores = {name: torch.stack(rows) for name, rows in found.items()}
+    matches = _word_matches(lm, batch) if lm.config.word_weight and retrievers else None
     scores[ORACLE] = torch.stack([attention.mass[layer][0] for layer in range(lm.backbone.num_layers)])
     for name, retriever in {UNTRAINED: None, **retrievers}.items():
         bookmark = lm.untrained_bookmark() if retriever is None else retriever.embedding
         states = bookmark_stream(lm.backbone, lm.attachment, retriever, bookmark, batch, dense, lm.config)
         scores[name] = torch.stack([page_scores(states, layer)[0, 0] for layer in range(lm.backbone.num_layers)])
         if retriever is not None and lm.config.agreement_layers:
-            scores |= _agreed(lm, name, scores[name].float(), batch)
+            scores |= _agreed(lm, name, scores[name].float(), matches)
     return {name: value.float().cpu() for name, value in scores.items()}
 
 
@@ -84,13 +85,13 @@ def scoring_layers(lm: RetroLM) -> list[int]:
     return [layer for layer in range(lm.config.num_skip_layers, lm.backbone.num_layers) if lm.backbone.retrieves(layer)]
 
 
-def _agreed(lm: RetroLM, name: str, scores_LP: Tensor, batch: PageBatch) -> dict[str, Tensor]:
+def _agreed(lm: RetroLM, name: str, scores_LP: Tensor, matches_P: Tensor | None) -> dict[str, Tensor]:
     """What all layers attend where the last ones agree, and with words, each [L, P]; the last page doesn't compete."""
     num_layers, weight = lm.config.agreement_layers or 0, lm.config.word_weight or 0.0
     agreed = agreement(scores_LP[scoring_layers(lm)[-num_layers:]], num_sink=0, num_local=1)
     found = {agreed_name(name, num_layers): agreed}
     if weight:
-        together = with_words(agreed, _word_matches(lm, batch), weight, num_sink=0, num_local=1)
+        together = with_words(agreed, matches_P, weight, num_sink=0, num_local=1)
         found[agreed_name(name, num_layers, weight)] = together
     return {key: scores_LP if value is None else value.expand_as(scores_LP) for key, value in found.items()}
 
