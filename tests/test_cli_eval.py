@@ -157,6 +157,7 @@ def test_page_recall_of_layers_that_agree(model: Path, tmp_path: Path) -> None:
     assert len({row["config_hash"] for row in rows}) == 2
     told = [row for row in rows if row["index"] == "own, last 2 layers agreed, words counted 1"]
     assert [row["recall"] for row in told] == [1.0, 1.0]  # the needle's page alone has its words
+    assert [row["recall"] for row in rows if row["index"] == "words alone (BM25)"] == [1.0] * 4
     assert run_cli(*words, "--agreement-layers", 2, "--word-weight", 0).code == 0
     rows = list(read_lines(tmp_path / "rows" / "recall.jsonl"))
     assert sum("words counted" in row["index"] for row in rows) == 4

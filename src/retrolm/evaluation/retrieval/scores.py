@@ -23,6 +23,7 @@ from ...retriever import PageRetriever
 
 ORACLE = "attention_mass"
 UNTRAINED = "untrained_bookmarks"
+WORDS = "words alone (BM25)"
 
 
 def page_indexes(names: Sequence[str] = ()) -> tuple[str, ...]:
@@ -51,7 +52,8 @@ def score_pages(
     Returns:
         float32 [L, P] by index name: `indexes`, the question's true attention mass on each page, mean over heads and
         question tokens (the oracle), untrained bookmarks, and the retrievers; with `agreement_layers` also what each
-        retriever's last layers agree on, the same for all layers, and with `word_weight` that and words together.
+        retriever's last layers agree on, the same for all layers, and with `word_weight` that and words together, and
+        words alone.
     """
     batch = batch.to(lm.device)
     found: dict[str, list[Tensor]] = {name: [] for name in indexes}
@@ -72,6 +74,8 @@ def score_pages(
         scores[name] = torch.stack([page_scores(states, layer)[0, 0] for layer in range(lm.backbone.num_layers)])
         if retriever is not None and lm.config.agreement_layers:
             scores |= _agreed(lm, name, scores[name].float(), matches)
+    if matches is not None:
+        scores[WORDS] = matches.expand(lm.backbone.num_layers, -1)
     return {name: value.float().cpu() for name, value in scores.items()}
 
 
