@@ -90,6 +90,18 @@ def test_questions_at_true_distances_are_answered_as_on_a_processor(name: str) -
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_words_choose_pages_as_on_a_processor(name: str) -> None:
+    """The words are counted on the host, what the layers agree on lies on the device."""
+    texts = [STORY * 4 + "The key of the red house is 4711. " + STORY, STORY * 2]
+    found = []
+    for device in ("cuda", "cpu"):
+        lm = make(name, device=device, vocab_size=600, kv_budget=20 * W, agreement_layers=1, word_weight=2.0)
+        asked = [(lm.read(text), "What is the key of the red house?") for text in texts]
+        found.append([answer.token_ids for answer in lm.ask_batch(asked, max_new_tokens=12)])
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral-sliding", "gemma3"])
 def test_half_precision_under_forced_selections(name: str, dtype: torch.dtype) -> None:
