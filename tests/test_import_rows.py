@@ -16,7 +16,10 @@ ROWS: dict[str, int] = {
     **dict.fromkeys(("training", "evaluation", "knowledge_base", "rag"), 5),
     "engine": 4,
     "methods": 3,
-    **dict.fromkeys(("bookmarks", "retriever", "metrics", "planting", "bm25_library", "word_index", "asked_words"), 2),
+    **dict.fromkeys(
+        ("bookmarks", "retriever", "metrics", "planting", "bm25_library", "word_index", "asked_words", "cut_sentences"),
+        2,
+    ),
     **dict.fromkeys(("paging", "store", "ops"), 1),
     **dict.fromkeys(("config", "registry", "errors"), 0),
 }

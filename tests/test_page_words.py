@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from retrolm.cli.settings import parse_settings
 from retrolm.config import RetroConfig
+from retrolm.cut_sentences import with_cut_sentences
 from retrolm.engine.agreement import with_words
 from retrolm.engine.model import RetroLM
 from retrolm.engine.page_asking import question_ids
@@ -47,7 +50,7 @@ def naive_bm25(question: str, texts: list[str]) -> list[float]:
 
 def test_matches_are_bm25_over_the_words_of_pages() -> None:
     tokenizer = tiny_tokenizer()
-    texts = ["The grass is green.", "", "A lamp, a lamp and a LAMP.", "Who counted 12 lamps? Nobody did."]
+    texts = ["The grass is green.", "", "A lamp, a lamp and a LAMP.", " Who counted 12 lamps? Nobody did."]
     pages = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     read = [tokenizer.decode(page) for page in pages]
     found = PageWords(tokenizer)
@@ -59,12 +62,26 @@ def test_matches_are_bm25_over_the_words_of_pages() -> None:
     assert found.matches(pages[:1], pages[0]).shape == (1,)  # other pages are indexed anew
 
 
+def test_a_sentence_that_a_border_cuts_is_found_on_both_pages() -> None:
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer(STORY * 4 + KEY + STORY * 2, add_special_tokens=False)["input_ids"]
+    asked = tokenizer(QUESTION, add_special_tokens=False)["input_ids"]
+    start, end = (
+        len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (STORY * 4, STORY * 4 + KEY[:-2])
+    )
+    for cut in range(start + 1, end):
+        pages = [ids[: cut - 4 * W], ids[cut - 4 * W : cut], ids[cut : cut + 4 * W], ids[cut + 4 * W :]]
+        scores = PageWords(tokenizer).matches(pages, asked)
+        assert set(scores.topk(2).indices.tolist()) == {1, 2}, cut - start
+
+
 def test_all_layers_attend_the_page_that_holds_the_words() -> None:
     document = make(kv_budget=10 * W).read(STORY * 5 + KEY + STORY * 3)
     found = document.retrieve(QUESTION)
-    scores = naive_bm25(QUESTION, [document.lm.tokenizer.decode(ids) for ids in document.token_ids])
+    pages = with_cut_sentences([document.lm.tokenizer.decode(ids) for ids in document.token_ids])
+    scores = naive_bm25(QUESTION, pages)
     page = scores.index(max(scores))
-    assert "key" in document.page_text(page)
+    assert "key" in pages[page] and "4711" in pages[page]
     assert all(page in row.tolist() for row in found.page_ids)
 
 
@@ -131,3 +148,12 @@ def test_what_can_not_be_is_refused() -> None:
     assert parse_settings(["word_weight=0.5"]) == {"word_weight": 0.5}
     with pytest.raises(UserError, match="word_weight must be a number, got 'much'"):
         parse_settings(["word_weight=much"])
+
+
+def test_pages_keep_the_space_that_some_tokenizers_drop_at_the_beginning() -> None:
+    core = Tokenizer(models.WordLevel({"<unk>": 0, "▁the": 1, "▁red": 2, "▁house": 3}, unk_token="<unk>"))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+    assert tokenizer.decode([3]) == "house"
+    scores = PageWords(tokenizer).matches([[1, 2], [3, 1]], [3])
+    assert scores.min() > 0  # "the red house the", not "the redhouse the"

@@ -45,6 +45,8 @@ def test_facts_name_knobs_and_only_options_that_matter() -> None:
         ("retrolm", {"agreement_layers": 8}, {}, ""),
         ("retrolm", {"word_weight": 0}, {}, "word_weight=0.0"),
         ("retrolm", {"word_weight": 1}, {}, ""),
+        ("retrolm", {"whole_sentences": False}, {}, "whole_sentences=False"),
+        ("retrolm", {"word_weight": 0, "whole_sentences": False}, {}, "word_weight=0.0"),
         ("recency", {"first_layer_mode": "full"}, {}, "first_layer_mode=full"),
         ("full", {"first_layer_mode": "full"}, {}, ""),
         ("streaming_llm", {}, {"num_sink": 9}, "streaming_llm.num_sink=9"),

@@ -44,6 +44,7 @@ class RetroConfig:
         word_weight: what a page's share of the question's words counts beside what the layers agree on (BM25 over the
             pages, standardised like their scores); needs `agreement_layers` and a tokenizer. 0 = words don't count, as
             in the paper; `None` = what suits the method.
+        whole_sentences: among the words, a sentence that a page border cuts counts for both pages.
         page_positions: where the pages stand that are attended: "compact" = side by side (D6 b); "true" = as far before
             the page that attends them as in the text; "true_for_questions" = so for questions and answers, side by
             side while reading. In a text longer than the model's window, what is left out between pages shrinks in
@@ -74,6 +75,7 @@ class RetroConfig:
     causal_selection: bool = False
     agreement_layers: int | None = None
     word_weight: float | None = None
+    whole_sentences: bool = True
     page_positions: Literal["compact", "true_for_questions", "true"] = "compact"
     retrieve_every: int = 0
     chunk_pages: int = 0
@@ -141,7 +143,7 @@ class RetroConfig:
         return self.from_options({**dataclasses.asdict(self), **changes})
 
 
-_SWITCHES = ("strict_budget", "score_rope", "causal_selection", "dense_bypass", "prefix_page")
+_SWITCHES = ("strict_budget", "score_rope", "causal_selection", "whole_sentences", "dense_bypass", "prefix_page")
 _LOWEST = {
     "kv_budget": 1,
     "page_size": 1,

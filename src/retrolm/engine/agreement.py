@@ -24,7 +24,7 @@ _TIE = 1e-5  # of the largest score: what is less apart is rounding, which stand
 
 
 def with_agreement(config: RetroConfig, method: Method, has_words: bool) -> RetroConfig:
-    """`config` with `agreement_layers` and `word_weight` decided: what suits the method, where nothing was said.
+    """`config` with the options of agreement and words decided: what suits the method, where nothing was said.
 
     KV heads that choose for themselves (D4) share no set, so that they don't agree on one unless told to.
 
@@ -38,7 +38,8 @@ def with_agreement(config: RetroConfig, method: Method, has_words: bool) -> Retr
         num_layers = method.agreement_layers if config.selection_scope == "layer" else 0
     if weight is None:
         weight = method.word_weight if num_layers and has_words else 0.0
-    return config.replace(agreement_layers=num_layers, word_weight=float(weight))
+    whole = config.whole_sentences and weight > 0
+    return config.replace(agreement_layers=num_layers, word_weight=float(weight), whole_sentences=whole)
 
 
 def encode_questions(

@@ -13,7 +13,7 @@ from .decode_round import Query
 from .encoder import Encoder
 from .loading import eos_ids
 from .page_reading import cut_pages, paged_text
-from .page_words import PageWords
+from .page_words import page_words
 from .retro_generation import generator_over
 from .sources import require_vocabulary
 
@@ -53,7 +53,7 @@ def _queries(lm: RetroLM, encoder: Encoder, cut: list[list[list[int]]]) -> list[
     texts = [paged_text(encoder.parts.store, pages[:-1], 0, encoder.parts.config) for pages in cut]
     if any(text.pages for text in texts):
         encoder.read([text for text in texts if text.pages])
-    words = [None if lm.tokenizer is None else PageWords(lm.tokenizer, lm.format) for _ in cut]
+    words = [None if lm.tokenizer is None else page_words(lm) for _ in cut]
     return [Query(text.table, pages[-1], pages[:-1], its) for text, pages, its in zip(texts, cut, words, strict=True)]
 
 

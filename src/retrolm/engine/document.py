@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..paging import PageTable
-from .page_words import PageWords
+from .page_words import PageWords, page_words
 from .results import Answer, PageUse, Retrieval
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Document:
     @cached_property
     def words(self) -> PageWords | None:
         """Its words, for questions with `word_weight`; None without a tokenizer."""
-        return None if self.lm.tokenizer is None else PageWords(self.lm.tokenizer, self.lm.format)
+        return None if self.lm.tokenizer is None else page_words(self.lm)
 
     def ask(self, question: str | Sequence[str], *, max_new_tokens: int = 64, raw: bool = False, **options: Any) -> Any:
         """Answer a question, or several at once.

@@ -6,15 +6,19 @@ letters. They are at hand: every page's token ids stay in host memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..asked_words import query_of
+from ..cut_sentences import with_cut_sentences
 from ..word_index import WordIndex
 from .prompts import PromptFormat
+
+if TYPE_CHECKING:
+    from .model import RetroLM
 
 Pages = Sequence[Sequence[int]]
 
@@ -24,10 +28,12 @@ class PageWords:
 
     Args:
         tokenizer: of the model. form: the chat template, whose tail is no part of what is asked; None = there is none.
+        whole_sentences: a sentence that a page border cuts counts for both pages.
     """
 
-    def __init__(self, tokenizer: Any, form: PromptFormat | None = None) -> None:
+    def __init__(self, tokenizer: Any, form: PromptFormat | None = None, whole_sentences: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._shared = with_cut_sentences if whole_sentences else list
         self._tail = "" if form is None else self._text(form.encode(form.tail)).strip()
         self._indexed: tuple[Pages, WordIndex] | None = None
 
@@ -38,10 +44,22 @@ class PageWords:
             pages: token ids of each page. question: token ids of the question page.
         """
         if self._indexed is None or self._indexed[0] is not pages:
-            self._indexed = pages, WordIndex(map(self._text, pages))
+            self._indexed = pages, WordIndex(self._shared(list(self._texts(pages))))
         asked = self._text(question).strip().removesuffix(self._tail)
         return torch.from_numpy(self._indexed[1].scores(query_of(asked))).float()
+
+    def _texts(self, pages: Pages) -> Iterator[str]:
+        """What each page says. A token before it keeps the space that some tokenizers drop where a text begins."""
+        before: list[int] = []
+        for page in pages:
+            yield self._text([*before, *page])[len(self._text(before)) :]
+            before = list(page[-1:]) or before
 
     def _text(self, ids: Sequence[int]) -> str:
         decoded: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return decoded
+
+
+def page_words(lm: RetroLM) -> PageWords:
+    """The words of a text that `lm` read; it needs a tokenizer."""
+    return PageWords(lm.tokenizer, lm.format, lm.config.whole_sentences)

@@ -21,7 +21,11 @@ UNTRAINED = "untrained"
 NO_RETRIEVER = "none"
 # These change speed and memory, never results, so they are no part of what identifies a run.
 _SPEED_ONLY = ("chunk_pages", "device_kv_bytes")
-_LATER = {"agreement_layers": 0, "word_weight": 0.0}  # left out where unset: rows from before such options count
+_LATER = {
+    "agreement_layers": 0,
+    "word_weight": 0.0,
+    "whole_sentences": False,
+}  # left out where unset: rows from before such options count
 
 
 @dataclass(frozen=True)
@@ -164,6 +168,7 @@ def settings_of(facts: Mapping[str, Any]) -> str:
     options = facts["options"] if kind.config_fields is not None else {**_LATER, **facts["options"]}
     usual = {**asdict(RetroConfig()), "agreement_layers": kind.agreement_layers}
     usual["word_weight"] = kind.word_weight if options.get("agreement_layers") else 0.0
+    usual["whole_sentences"] = bool(options.get("word_weight"))
     knobs = facts.get("knobs", {})
     usual_knobs = asdict(kind.Knobs())
     changed = [f"{key}={value}" for key, value in options.items() if value != usual[key]]

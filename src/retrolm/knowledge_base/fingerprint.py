@@ -27,6 +27,7 @@ NOT_STORED = frozenset(
         "retrieve_every",
         "agreement_layers",
         "word_weight",
+        "whole_sentences",
     }
 )
 _SAMPLES = 64

@@ -16,7 +16,7 @@ from ...engine.dense_pass import dense_pass
 from ...engine.model import RetroLM
 from ...engine.page_attention import PageAttention
 from ...engine.page_batch import PageBatch
-from ...engine.page_words import PageWords
+from ...engine.page_words import page_words
 from ...errors import unknown
 from ...methods import METHODS, PageMethod, PageTensors
 from ...retriever import PageRetriever
@@ -104,7 +104,7 @@ def _word_matches(lm: RetroLM, batch: PageBatch) -> Tensor:
     """How well each text page's words match the question's, [P]."""
     ends_M = batch.starts_BM[0] + batch.lengths_BM[0]
     *pages, question = (batch.tokens_BT[0, a:b].tolist() for a, b in zip(batch.starts_BM[0], ends_M, strict=True))
-    return PageWords(lm.tokenizer, lm.format).matches(pages, question)
+    return page_words(lm).matches(pages, question)
 
 
 def _index_scores(lm: RetroLM, name: str, layer: int, batch: PageBatch, q_THD: Tensor, k_TKD: Tensor) -> Tensor:
