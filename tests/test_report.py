@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import lzma
 import re
 import shutil
 import subprocess
@@ -229,8 +230,11 @@ def test_folders_are_joined_and_repeated_rows_count_once(run: Path, tmp_path: Pa
 
 
 def test_packed_rows_are_read_like_others(run: Path, tmp_path: Path) -> None:
-    (tmp_path / f"{SAMPLES_FILE}.gz").write_bytes(gzip.compress((run / SAMPLES_FILE).read_bytes()))
-    assert load_results([tmp_path]).samples == load_results([run]).samples
+    plain = (run / SAMPLES_FILE).read_bytes()
+    for end, packed in ((".gz", gzip.compress(plain)), (".xz", lzma.compress(plain))):
+        (tmp_path / end).mkdir()
+        (tmp_path / end / f"{SAMPLES_FILE}{end}").write_bytes(packed)
+        assert load_results([tmp_path / end]).samples == load_results([run]).samples
 
 
 def test_cells_of_other_settings_are_told_apart(tmp_path: Path) -> None:
@@ -316,8 +320,10 @@ def test_the_command_lists_its_files_and_refuses_empty_folders(tmp_path: Path) -
         ("samples.jsonl", b"\xff\xfe\n", ["line 1", "isn't JSON"]),
         ("samples.jsonl.gz", b"not packed\n", ["can't be unpacked"]),
         ("samples.jsonl.gz", gzip.compress(json.dumps(list(range(999))).encode())[:40], ["can't be unpacked"]),
+        ("samples.jsonl.xz", lzma.compress(json.dumps(list(range(999))).encode())[:40], ["can't be unpacked"]),
+        ("samples.jsonl.xz", b"not packed\n", ["can't be unpacked"]),
     ],
-    ids=["empty", "no row", "no text", "not packed", "cut off"],
+    ids=["empty", "no row", "no text", "not packed", "cut off", "xz cut off", "no xz"],
 )
 def test_broken_files_of_rows_are_refused_in_one_line(
     tmp_path: Path, name: str, content: bytes, parts: list[str]

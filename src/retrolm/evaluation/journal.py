@@ -5,12 +5,13 @@ from __future__ import annotations
 import fcntl
 import gzip
 import json
+import lzma
 import os
 import zlib
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any, cast
 
 from ..errors import UserError
 
@@ -56,19 +57,25 @@ class Journal:
 
 
 def read_lines(path: Path, needs: Collection[str] = ()) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a JSON lines file (`.gz` too); a last line without its end is left out.
+    """Yield the rows of a JSON lines file (`.gz` and `.xz` too); a last line without its end is left out.
 
     Raises `UserError` for a file that can't be unpacked, and one that names a line that isn't a JSON object with all
     keys of `needs`.
     """
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with _opened(path) as file:
             for number, line in enumerate(file, 1):
                 if not line.endswith(b"\n"):
                     return
                 yield _parsed(line, path, number, needs)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"{path} can't be unpacked ({error}). Get the file again.") from None
+
+
+def _opened(path: Path) -> IO[bytes]:
+    if path.suffix == ".gz":
+        return cast("IO[bytes]", gzip.open(path))
+    return lzma.open(path) if path.suffix == ".xz" else path.open("rb")
 
 
 def _parsed(line: bytes, path: Path, number: int, needs: Collection[str]) -> dict[str, Any]:

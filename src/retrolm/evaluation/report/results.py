@@ -150,7 +150,7 @@ def family(task: str) -> str:
 
 
 def load_results(folders: Sequence[Path], groups: Mapping[str, tuple[str, ...]] | None = None) -> Results:
-    """Read the rows of all folders, packed by gzip or not; rows of the same sample and settings count once, the last.
+    """Read the rows of all folders, packed or not; rows of the same sample and settings count once, the last.
 
     Args:
         groups: tasks to average over by name, beside those of `tasks.GROUPS`.
@@ -160,7 +160,7 @@ def load_results(folders: Sequence[Path], groups: Mapping[str, tuple[str, ...]] 
     samples: dict[str, dict[str, Any]] = {}
     recall: list[dict[str, Any]] = []
     for folder in folders:
-        files = [folder / f"{name}{end}" for name in (SAMPLES_FILE, RECALL_FILE) for end in ("", ".gz")]
+        files = [folder / f"{name}{end}" for name in (SAMPLES_FILE, RECALL_FILE) for end in ("", ".gz", ".xz")]
         files = [file for file in files if file.exists()]
         if not files:
             raise UserError(f"{folder} holds neither {SAMPLES_FILE} nor {RECALL_FILE}. Run `retrolm eval --out` first.")
