@@ -59,17 +59,25 @@ test-kvpress: .venv/.test .venv-kvpress/.made ## compare methods that prune with
 	.venv-kvpress/bin/python tests/against_kvpress/dump.py .venv-kvpress/dump
 	KVPRESS_DUMP=.venv-kvpress/dump $(BIN)/python -m pytest tests/against_kvpress/compare.py
 
+test-browser: .venv/.test .venv-browser/.made ## open a report in a real browser, in an environment of its own (700 MB)
+	BROWSER_PYTHON=.venv-browser/bin/python $(BIN)/python -m pytest tests/in_browser/check_report.py
+
 format: .venv/.test ## apply the style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 clean: ## remove .venv and caches (pulled models stay)
-	rm -rf .venv .venv-kvpress .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-kvpress .venv-browser .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # kvpress needs an older transformers than we do.
 .venv-kvpress/.made: tests/against_kvpress/requirements.txt
 	$(PYTHON) -m venv .venv-kvpress
 	.venv-kvpress/bin/python -m pip --disable-pip-version-check install --quiet $(RETROLM_TORCH) -r tests/against_kvpress/requirements.txt
+	@touch $@
+
+.venv-browser/.made: tests/in_browser/requirements.txt
+	$(PYTHON) -m venv .venv-browser
+	.venv-browser/bin/python -m pip --disable-pip-version-check install --quiet -r tests/in_browser/requirements.txt
 	@touch $@
 
 # The dotted files are stamps: a step runs again only when what it depends on has changed.
