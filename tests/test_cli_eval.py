@@ -164,6 +164,22 @@ def test_page_recall_of_layers_that_agree(model: Path, tmp_path: Path) -> None:
     assert len({row["config_hash"] for row in rows}) == 3
 
 
+def test_pages_are_as_long_as_those_retrievers_were_trained_with(model: Path, tmp_path: Path) -> None:
+    lm = RetroLM.from_pretrained(model, retriever=None)
+    for size in (16, 32):
+        card = RetrieverCard(lm.backbone.fingerprint(), 2, size, f"of{size}", {})
+        PageRetriever(lm.backbone.projection_shapes(), lm.untrained_bookmark(), card).save(tmp_path / f"of{size}")
+    (tmp_path / "essays.txt").write_text("The grass is green. The sky is blue. " * 400, encoding="utf-8")
+    words = ["eval", "retrieval", "--model", model, "--index", "recency", "--task", "ruler/niah_single_2"]
+    words += ["--lengths", 1024, "--num-samples", 1, "--task-option", f"essays={tmp_path / 'essays.txt'}"]
+    words += ["--out", tmp_path / "rows", "--retriever", tmp_path / "of32"]
+    assert run_cli(*words).code == 0
+    assert {row["page_size"] for row in read_lines(tmp_path / "rows" / "recall.jsonl")} == {32}
+    two = [*words, "--retriever", tmp_path / "of16"]
+    run_cli(*two).refused_in_one_line("pages of 16 and 32 tokens", "--page-size")
+    assert run_cli(*two, "--page-size", 32).code == 0
+
+
 def test_a_retriever_trained_in_another_reading_is_refused(model: Path, tmp_path: Path) -> None:
     lm = RetroLM.from_pretrained(model, retriever=None)
     shapes, recipe = lm.backbone.projection_shapes(), {"train": {"bookmarks": "visible"}}

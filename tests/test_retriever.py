@@ -199,6 +199,11 @@ def test_from_pretrained_finds_names_and_folders(tmp_path: Path, monkeypatch: py
     assert RetroLM.from_pretrained(model, method="recency", **options).retriever_name.startswith("none")
     with pytest.raises(UserError, match=r"No page retriever 'tony'.*tiny"):
         RetroLM.from_pretrained(model, retriever="tony", **options)
+    adopted = RetroLM.from_pretrained(model, kv_budget=400)
+    assert adopted.config.page_size == 8 and adopted.read(STORY * 3).table.page_size == 8  # as it was trained
+    longer = RetroLM.from_pretrained(model, kv_budget=400, page_size=16)
+    assert longer.config.page_size == 16 and longer.retriever is not None  # as told
+    assert RetroLM.from_pretrained(model, retriever=None, kv_budget=400).config.page_size == 128
 
 
 @pytest.mark.parametrize(

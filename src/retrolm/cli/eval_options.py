@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..config import RetroConfig
 from ..errors import UserError
 from .options import DEFAULT_MODEL, EngineOptions
 from .screen import note
@@ -93,7 +94,9 @@ class BackboneOptions:
         list[str],
         typer.Option("--retriever", help="auto, none (untrained), a folder or a shipped name; may be repeated."),
     ] = field(default_factory=lambda: ["auto"])
-    page_size: Annotated[int, typer.Option(help="Tokens per page.")] = 128
+    page_size: Annotated[
+        int | None, typer.Option(help="Tokens per page.", show_default="the retrievers', else 128")
+    ] = None
     dtype: Annotated[str, typer.Option(help="Arithmetic of the model: auto, float32, bfloat16, float16.")] = "auto"
 
     @property
@@ -103,7 +106,27 @@ class BackboneOptions:
 
     def engine(self, **options: Any) -> EngineOptions:
         """Options to load the bare model with; retrievers are attached later."""
-        return EngineOptions(model=self.model, retriever="none", page_size=self.page_size, dtype=self.dtype, **options)
+        return EngineOptions(model=self.model, retriever="none", page_size=self.pages, dtype=self.dtype, **options)
+
+    @property
+    def pages(self) -> int:
+        """Tokens per page: as given, else those that all named retrievers were trained with.
+
+        Raises `UserError` if they were trained with different ones, or one of them isn't there.
+        """
+        if self.page_size is not None:
+            return self.page_size
+        from ..engine.shipped import SHIPPED, resolve_retriever
+        from ..retriever import read_card
+
+        names = [self.label if name == "auto" and (SHIPPED / self.label).is_dir() else name for name in self.retriever]
+        sizes = {read_card(resolve_retriever(name)).page_size for name in names if name not in ("auto", "none")}
+        if len(sizes) > 1:
+            raise UserError(
+                f"The retrievers were trained with pages of {' and '.join(map(str, sorted(sizes)))} tokens. Choose one "
+                "size for all with --page-size."
+            )
+        return sizes.pop() if sizes else RetroConfig().page_size
 
 
 def parse_lengths(text: str) -> list[int | None]:

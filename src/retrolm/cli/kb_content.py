@@ -38,7 +38,7 @@ def create(engine: EngineOptions, base: BaseArgument, as_json: JsonFlag = False)
             method=engine.method,
             method_options=engine.method_options(),
             dtype=engine.dtype,
-            **asdict(engine.config()),
+            **engine.stated(),
         )
     lm = made.lm
     if as_json:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
@@ -52,7 +51,7 @@ def load_engine(options: EngineOptions, host_kv_gb: float | None = None) -> Retr
             method=options.method,
             method_options=options.method_options(),
             dtype=options.dtype,
-            **asdict(options.config()),
+            **options.stated(),
         )
     if cap is not None:
         lm.use_disk_tier(tempfile.gettempdir(), cap)

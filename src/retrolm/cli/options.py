@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -56,7 +56,9 @@ class EngineOptions:
     ] = "none"  # fmt: skip
     method: Annotated[str, _option(help="How the budget is spent (see `retrolm methods`).")] = "retrolm"
     kv_budget: Annotated[int, _option(help="Tokens attended per layer.")] = _DEFAULTS.kv_budget
-    page_size: Annotated[int, _option(help="Tokens per page.")] = _DEFAULTS.page_size
+    page_size: Annotated[
+        int | None, _option(help="Tokens per page.", default=f"the retriever's, else {_DEFAULTS.page_size}")
+    ] = None
     chunk_pages: Annotated[int, _option(help="Pages encoded at once; changes speed, not results. 0 = what suits.")] = (
         _DEFAULTS.chunk_pages
     )
@@ -77,9 +79,18 @@ class EngineOptions:
         for key, option in _OWN_OPTIONS.items():
             if key in further:
                 raise UserError(f"{key} has an option of its own. Use {option} instead of --set {key}=…")
-        named = {"kv_budget": self.kv_budget, "page_size": self.page_size, "chunk_pages": self.chunk_pages}
+        named = {"kv_budget": self.kv_budget, "chunk_pages": self.chunk_pages}
+        if self.page_size is not None:
+            named["page_size"] = self.page_size
         cap = whole_bytes("--device-kv-gb", self.device_kv_gb)
         return RetroConfig.from_options({**named, "device_kv_bytes": cap, **further})
+
+    def stated(self) -> dict[str, Any]:
+        """The configuration as options of `RetroLM.from_pretrained`; a page size that isn't given is left to it."""
+        found = asdict(self.config())
+        if self.page_size is None:
+            del found["page_size"]
+        return found
 
     def method_options(self) -> dict[str, Any]:
         """Knobs of the method; raises `UserError` for knobs of another one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..config import RetroConfig
 from ..errors import UserError
 from ..methods import METHODS, PageMethod
 from ..paging import page_lengths
-from ..retriever import PageRetriever, check_choices, load_retriever
+from ..retriever import PageRetriever, check_choices, load_retriever, read_card
 from ..store import DigestIndex, PageLayout, PageStore
 from . import answer_dense, answer_landmark, answer_pages, answer_prune, answer_tokens  # noqa: F401  (file programs)
 from .adapter import LoraAdapter, load_adapter
@@ -124,7 +125,8 @@ class RetroLM:
                 and demo backbones compute in bfloat16 there (in float32 on a CPU). A function is called with the loaded
                 model, to place it.
             model_options: further arguments for transformers' `from_pretrained` (quantization_config, …).
-            options: fields of `RetroConfig` (kv_budget, page_size, …).
+            options: fields of `RetroConfig` (kv_budget, …). Without `page_size` pages are as long as those that the
+                retriever was trained with.
 
         Raises:
             UserError: unknown option, method or model; UnsupportedModelError: a family RetroLM can't attach to;
@@ -134,9 +136,14 @@ class RetroLM:
         require_bookmarks(config, METHODS.get(method).with_options(method_options))
         folder = resolve_model(str(model))
         loaded, tokenizer = load_model(folder, dtype, device_map, model_options or {})
-        lm = cls(loaded, tokenizer, config=config, method=method, method_options=method_options, chat=chat)
+        attach = partial(cls, loaded, tokenizer, method=method, method_options=method_options, chat=chat)
+        lm = attach(config=config)
         path = find_shipped(lm.backbone) if retriever == "auto" else retriever and resolve_retriever(str(retriever))
         if path is not None:
+            trained = read_card(path).page_size
+            if "page_size" not in options and trained != config.page_size:
+                lm.detach()
+                lm = attach(config=config.replace(page_size=trained))
             lm.use_retriever(path)
         folder_of_adapter = None if adapter is None else adapter_for(lm.backbone, adapter)
         if folder_of_adapter is not None:
