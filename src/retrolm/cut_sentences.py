@@ -10,8 +10,9 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 
+from .word_index import WORD
+
 _END = re.compile(r"[.!?…][\"'”\u2019)\]]*(?=\s|$)|[。\uff01\uff1f\n]")
-_WORD = re.compile(r"\w+")
 _MOST_WORDS = 32  # where no sentence ends, as in code and tables, pages must not be counted over and over
 
 
@@ -34,7 +35,7 @@ def _tail(text: str, then: str) -> str:
     found = _END.finditer(text + then[:2])  # two more characters tell 4.5 from an end
     ends = [end.end() for end in found if end.start() <= len(text)]  # its mark alone may stand in `then`
     rest = text[max(ends, default=0) :]
-    words = [word.start() for word in _WORD.finditer(rest)]
+    words = [word.start() for word in WORD.finditer(rest)]
     return rest[words[-_MOST_WORDS] :] if len(words) > _MOST_WORDS else rest
 
 
@@ -42,5 +43,5 @@ def _head(text: str) -> str:
     """The rest of the first sentence."""
     end = _END.search(text)
     head = text[: end.end()] if end else text
-    words = [word.end() for word in _WORD.finditer(head)]
+    words = [word.end() for word in WORD.finditer(head)]
     return head[: words[_MOST_WORDS - 1]] if len(words) > _MOST_WORDS else head

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-_WORD = re.compile(r"\w+")
+WORD = re.compile(r"\w+")
 _K1, _B = 1.5, 0.75
 
 
@@ -51,4 +51,4 @@ class WordIndex:
 
 def words(text: str) -> list[str]:
     """Lower-case words and numbers of a text."""
-    return _WORD.findall(text.lower())
+    return WORD.findall(text.lower())

@@ -47,7 +47,7 @@ def generation(
 
     require_folder(out)
     columns = parse_columns(method)
-    engine = backbone.engine(kv_budget=max(2048, 3 * backbone.pages))
+    engine = backbone.engine(kv_budget=max(2048, 3 * backbone.tokens_per_page))
     engine.check()
     from ..evaluation.generation_columns import ColumnOpener
     from ..evaluation.long_generation import LongGeneration, budget_of, generation_set
@@ -58,7 +58,7 @@ def generation(
     (chosen,) = tasks_with([task], parse_task_options(task_option))
     lm = load_engine(engine)
     part = generation_set(chosen, lm.tokenizer, length, range(seed, seed + num_seeds), num_tokens)
-    kv_budget = budget_of(lm, list(part.samples.values()), budget_share, backbone.pages)
+    kv_budget = budget_of(lm, list(part.samples.values()), budget_share, backbone.tokens_per_page)
     note(f"{task} · {num_seeds} samples of {length} tokens · budget {kv_budget}")
     opener = ColumnOpener(lm, backbone.label, engine.config(), kv_budget, backbone.retriever[0])
     rows = LongGeneration(opener, part, out, run_provenance(), _show).run(columns)

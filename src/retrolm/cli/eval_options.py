@@ -106,10 +106,12 @@ class BackboneOptions:
 
     def engine(self, **options: Any) -> EngineOptions:
         """Options to load the bare model with; retrievers are attached later."""
-        return EngineOptions(model=self.model, retriever="none", page_size=self.pages, dtype=self.dtype, **options)
+        return EngineOptions(
+            model=self.model, retriever="none", page_size=self.tokens_per_page, dtype=self.dtype, **options
+        )
 
     @property
-    def pages(self) -> int:
+    def tokens_per_page(self) -> int:
         """Tokens per page: as given, else those that all named retrievers were trained with.
 
         Raises `UserError` if they were trained with different ones, or one of them isn't there.

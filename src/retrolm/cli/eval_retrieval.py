@@ -63,7 +63,7 @@ def retrieval(
 
 def load_bare(backbone: BackboneOptions, **settings_of: float | None) -> RetroLM:
     """The model for measurements on a dense pass, whose budget doesn't matter; settings that are None are left out."""
-    budget = max(2048, 3 * backbone.pages)
+    budget = max(2048, 3 * backbone.tokens_per_page)
     settings = [f"{name}={value}" for name, value in settings_of.items() if value is not None]
     return load_engine(backbone.engine(kv_budget=budget, settings=settings))
 

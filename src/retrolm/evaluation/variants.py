@@ -21,11 +21,8 @@ UNTRAINED = "untrained"
 NO_RETRIEVER = "none"
 # These change speed and memory, never results, so they are no part of what identifies a run.
 _SPEED_ONLY = ("chunk_pages", "device_kv_bytes")
-_LATER = {
-    "agreement_layers": 0,
-    "word_weight": 0.0,
-    "whole_sentences": False,
-}  # left out where unset: rows from before such options count
+# Left out where unset: rows from before there were such options count.
+_LATER = {"agreement_layers": 0, "word_weight": 0.0, "whole_sentences": False}
 
 
 @dataclass(frozen=True)

@@ -60,10 +60,9 @@ def _identity(
 ) -> list[Any]:
     digests = {name: retriever_digest(retriever) for name, retriever in retrievers.items()}
     adapter = [] if lm.adapter is None else [retriever_digest(lm.adapter)]
-    shape = [facts["model"], lm.backbone.fingerprint(), str(lm.backbone.dtype), lm.config.page_size]
-    shape += [
-        value for value in (lm.config.agreement_layers, lm.config.word_weight, lm.config.whole_sentences) if value
-    ]
+    config = lm.config
+    shape = [facts["model"], lm.backbone.fingerprint(), str(lm.backbone.dtype), config.page_size]
+    shape += [value for value in (config.agreement_layers, config.word_weight, config.whole_sentences) if value]
     return [*shape, digests, *indexes, *adapter]
 
 
