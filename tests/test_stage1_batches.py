@@ -9,9 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrolm.training.data import Stage1Sample, page_labels
+from retrolm.config import RetroConfig
+from retrolm.engine.model import RetroLM
+from retrolm.engine.page_words import PageWords
+from retrolm.training.data import Stage1Dataset, Stage1Sample, page_labels
 from retrolm.training.data.sample import FurtherQuestion
-from retrolm.training.stage1.batches import Collate, micro_batches
+from retrolm.training.stage1.batches import Collate, counted_words, micro_batches
+from stage1_pool_maker import tiny_pool
+from stage1_run_maker import W, tiny_backbone, tiny_recipe
 
 PREFIX = np.array([3, 4, 5], np.int32)
 
@@ -94,3 +99,23 @@ def test_every_sequence_weighs_the_same_whatever_it_is_asked() -> None:
     assert pages.lengths_BM[:, 5:].tolist() == [[4, 1, 2], [6, 0, 0]]
     assert pages.starts_BM[0, 5:].tolist() == [53, 57, 58]
     assert pages.num_tokens == 2 * 53 + 7 + 6
+
+
+def test_words_are_matched_as_the_engine_matches_them() -> None:
+    """Each question of each text against the text's own pages; none where nothing is counted."""
+    lm, recipe = tiny_backbone(), tiny_recipe()
+    data = Stage1Dataset(tiny_pool(), lm.tokenizer, recipe.data, 3)
+    group = [data[n] for n in range(3)]
+    assert Collate(W, lm.pad_id)(group).words_NP is None
+    words = counted_words(lm, recipe.train)
+    batch = Collate(W, lm.pad_id, words=words)(group)
+    asked = [(sample, question) for sample in group for question in sample.questions]
+    assert batch.words_NP is not None and batch.words_NP.shape == batch.positive_NP.shape
+    assert batch.words_NP.max() > 0
+    for row, (sample, question) in zip(batch.words_NP, asked, strict=True):
+        ids = sample.input_ids.tolist()
+        pages = [ids[n : n + W] for n in range(0, len(ids), W)]
+        expected = PageWords(lm.tokenizer, lm.format).matches(pages, question.question_ids.tolist())
+        assert torch.equal(row[: len(pages)], expected) and not row[len(pages) :].any()
+    assert counted_words(lm, tiny_recipe(agreed_words=0.0).train) is None
+    assert counted_words(RetroLM(lm.model, config=RetroConfig(kv_budget=3 * W, page_size=W)), recipe.train) is None

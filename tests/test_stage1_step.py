@@ -15,6 +15,7 @@ from accelerate.tracking import GeneralTracker
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from retrolm.config import RetroConfig
+from retrolm.engine.agreement import agreement, with_words
 from retrolm.engine.dense_pass import dense_pass
 from retrolm.engine.model import RetroLM
 from retrolm.engine.page_attention import PageAttention
@@ -24,6 +25,7 @@ from retrolm.retriever import load_retriever
 from retrolm.training.checkpoint import load_state
 from retrolm.training.data import Stage1Dataset
 from retrolm.training.schedule import learning_rate
+from retrolm.training.stage1.agreed import agreed_scores
 from retrolm.training.stage1.ahead import ReadAhead
 from retrolm.training.stage1.batches import Collate, Stage1Batch
 from retrolm.training.stage1.held_out import dev_config, held_out_recall, kind_of, only_kinds
@@ -57,6 +59,14 @@ def test_a_step_moves_the_retriever_alone(loss: str, rank: int, tmp_path: Path) 
     assert {"retriever.embedding", "log_scales"} <= moved
     assert any(name.startswith("retriever.deltas.layers_2_k_proj") for name in moved)
     assert all(name.startswith(("retriever.", "log_scales")) for name in moved)
+
+
+def test_the_scale_of_what_layers_agree_on_is_trained_too(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path, agreed_share=1.0, num_steps=1, lr=1e-2)
+    start = bits(trainer.step_module)
+    assert trainer.run()
+    moved = {name for name, value in trainer.step_module.state_dict().items() if not torch.equal(value, start[name])}
+    assert "agreed_log_scale" in moved
 
 
 def test_one_batch_is_learnt(tmp_path: Path) -> None:
@@ -204,7 +214,8 @@ def test_dev_recall_covers_all_lengths_and_counts_its_samples(tmp_path: Path) ->
     assert trainer.run()
     found = trainer.retriever.card.details["dev_recall"]
     assert found["step"] == 1 and 0 <= found["mean"] <= found["best"] <= 1
-    assert trainer.dev_recall() == {key: found[key] for key in ("mean", "best", "layers", "kinds", "asked")}
+    assert {"step": 1, **trainer.dev_recall()} == found
+    assert 0 <= found["agreed"] <= 1 and list(found["agreed_kinds"]) == list(found["kinds"])
     assert max(found["layers"]) == found["best"] and len(found["layers"]) == 2
     assert sorted(found["kinds"]) == ["cloze", "facts", "people", "registers"]  # wiki and chat are people's
 
@@ -254,6 +265,58 @@ def test_low_layers_learn_from_all_layers() -> None:
     assert float(half.judge(batch, scores, frozen).loss.detach()) == pytest.approx(mean, rel=1e-4)
 
 
+@pytest.mark.parametrize("num_layers", [1, 2, 9])
+@pytest.mark.parametrize("with_words", [False, True])
+def test_what_layers_agree_on_is_trained_as_the_engine_chooses(num_layers: int, with_words: bool) -> None:
+    """Scores are those of `agreement` and `with_words`; the loss is eq 7 on them, over the pages that compete."""
+    lm, batch = tiny_backbone(), tiny_batch(tiny_recipe(), num_further=1)
+    options: dict[str, Any] = {"agreed_layers": num_layers, "agreed_words": 0.5}
+    words = torch.rand(batch.positive_NP.shape) if with_words else None
+    batch.words_NP = words
+    module = Stage1Step(lm, random_retriever(lm, 0), tiny_recipe(agreed_share=1.0, **options).train)
+    frozen = module.read(batch)
+    scores = module.scores(batch, frozen)
+    found = module.judge(batch, scores, frozen)
+    expected, num_asked = 0.0, 0
+    for n, share in enumerate(batch.share_N.tolist()):
+        num_pages = int((batch.pages.text_lengths[batch.sequence_N[n]] > 0).sum())
+        rows = scores.own_LKNP[-num_layers:, 0, n, :num_pages].detach().double()
+        matches = None if words is None else words[n, :num_pages].double()
+        first = 0 if batch.pages.num_prefix else 1
+        row = with_words_agreed(rows, matches, 0.5, first)
+        free = range(first, num_pages - 1)
+        gold = [p for p in free if batch.positive_NP[n, p]]
+        wrong = [p for p in free if batch.negative_NP[n, p]]
+        for p in gold:
+            others = row[wrong].exp().sum()
+            expected -= share * float((row[p].exp() / (row[p].exp() + others)).log()) / len(gold)
+        num_asked += len(gold) > 0
+        if gold and len(gold) == int(batch.positive_NP[n].sum()) and len(gold) <= 4:
+            best = row[first : num_pages - 1].topk(min(8, len(free))).indices + first
+            assert bool(found.agreed_N[n]) == bool(set(best.tolist()) & set(gold))
+    assert num_asked >= 1
+    assert float(found.loss.detach()) == pytest.approx(expected, rel=1e-4)
+    none = Stage1Step(lm, random_retriever(lm, 0), tiny_recipe(**options).train).judge(batch, scores, frozen)
+    half = Stage1Step(lm, random_retriever(lm, 0), tiny_recipe(agreed_share=0.5, **options).train)
+    mean = (expected + float(none.loss.detach())) / 2
+    assert float(half.judge(batch, scores, frozen).loss.detach()) == pytest.approx(mean, rel=1e-4)
+
+
+def with_words_agreed(rows_LP: torch.Tensor, matches_P: torch.Tensor | None, weight: float, first: int) -> torch.Tensor:
+    agreed = agreement(rows_LP, num_sink=first, num_local=1)
+    found = with_words(agreed, matches_P, weight, num_sink=first, num_local=1)
+    assert found is not None
+    return found
+
+
+def test_pages_that_all_tie_give_no_gradient_that_is_not_a_number() -> None:
+    scores = torch.zeros(2, 1, 3, 5, requires_grad=True)
+    free = torch.tensor([[True] * 5, [True, False, False, False, False], [False] * 5])
+    found = agreed_scores(scores, torch.zeros(3, 5), free, 1.0)
+    found.sum().backward()
+    assert torch.equal(found, torch.zeros(3, 5)) and scores.grad is not None and scores.grad.isfinite().all()
+
+
 def test_a_running_mean_is_measured_and_kept(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, ema=0.5, num_steps=3, lr=1e-2)
     step = trainer.step_module
@@ -286,7 +349,8 @@ def test_a_running_mean_is_measured_and_kept(tmp_path: Path) -> None:
 
 
 def test_a_run_with_a_running_mean_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"ema": 0.9, "num_steps": 4, "batch_negatives": 0.5, "teacher_share": 0.2}
+    levers = {"ema": 0.9, "batch_negatives": 0.5, "teacher_share": 0.2, "agreed_share": 0.5}
+    options: dict[str, Any] = {"num_steps": 4, **levers}
     assert tiny_trainer(tmp_path / "whole", **options).run()
     assert not tiny_trainer(tmp_path / "parts", **options).run(stop_after_s=1e-9)
     assert tiny_trainer(tmp_path / "parts", **options).run(resume=True)
@@ -367,7 +431,7 @@ def test_an_error_while_reading_ahead_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3"])
 def test_a_step_never_waits_for_the_device(family: str, tmp_path: Path) -> None:
     """No number is read from a tensor, and no shape depends on one, between a batch's arrival and the next batch."""
-    levers: dict[str, Any] = {"batch_negatives": 1.0, "teacher_share": 0.1, "ema": 0.9}
+    levers: dict[str, Any] = {"batch_negatives": 1.0, "teacher_share": 0.1, "agreed_share": 0.5, "ema": 0.9}
     trainer = tiny_trainer(tmp_path, tiny_backbone(family), **levers)
     batch = tiny_batch(trainer.recipe, num_further=2)
     batch.rival_NM = torch.ones(len(batch.sequence_N), batch.pages.text_lengths.numel(), dtype=torch.bool)

@@ -50,9 +50,11 @@ def recall(
         recipe = dataclasses.replace(recipe, data=only_kinds(recipe.data, kind))
     rows = _measured(recipe, pool, retriever, sizes, texts)
     kinds = list(rows[0]["kinds"])
-    cells = [(row["retriever"], str(row["length"]), *map(_share, (row["mean"], row["best"], *row["kinds"].values())))
+    columns = ("agreed", "mean", "best")
+    cells = [(row["retriever"], str(row["length"]), *map(_share, (*map(row.get, columns), *row["kinds"].values())))
              for row in rows]  # fmt: skip
-    show_table(("retriever", "length", "recall", "best layer", *kinds), cells, right=range(1, 4 + len(kinds)))
+    head = "retriever", "length", "layers agreed, and words", "each layer", "best layer"
+    show_table((*head, *kinds), cells, right=range(1, len(head) + len(kinds)))
     if output is not None:
         from ..engine.provenance import provenance
 

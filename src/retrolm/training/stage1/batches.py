@@ -8,8 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...engine.model import RetroLM
 from ...engine.page_batch import PageBatch, page_batch
+from ...engine.page_words import PageWords
 from ..data.sample import Stage1Sample, page_labels
+from .config import Stage1TrainConfig
 from .rivals import rival_pages
 
 
@@ -26,6 +29,7 @@ class Stage1Batch:
             such that every sequence weighs the same.
         sources: the mixture part of each sample.
         rival_NM: bool over the text pages of all sequences, [N, B * P]: negatives in other texts; None = none count.
+        words_NP: how well each text page's words match the question's, float32; None = not counted.
     """
 
     pages: PageBatch
@@ -36,6 +40,7 @@ class Stage1Batch:
     share_N: Tensor
     sources: tuple[str, ...]
     rival_NM: Tensor | None = None
+    words_NP: Tensor | None = None
 
     def to(self, device: torch.device) -> Stage1Batch:
         parts = {name: value.to(device, non_blocking=True) for name, value in self._tensors().items()}
@@ -55,12 +60,14 @@ class Collate:
 
     Args:
         with_rivals: also find which pages of other texts are negatives.
+        words: also count the words that pages and questions share.
     """
 
-    def __init__(self, page_size: int, pad_id: int, with_rivals: bool = False) -> None:
+    def __init__(self, page_size: int, pad_id: int, with_rivals: bool = False, words: PageWords | None = None) -> None:
         self._page_size = page_size
         self._pad_id = pad_id
         self._with_rivals = with_rivals
+        self._words = words
 
     def __call__(self, samples: Sequence[Stage1Sample]) -> Stage1Batch:
         prefix = samples[0].prefix_ids.tolist()
@@ -84,7 +91,24 @@ class Collate:
         share = torch.tensor([1 / (len(samples) * len(samples[row].questions)) for row, _ in asked])
         rivals = rival_pages(samples, self._page_size, negative.shape[1]) if self._with_rivals else None
         sources = tuple(sample.source for sample in samples)
-        return Stage1Batch(pages, positive, negative, sequence, query, share, sources, rivals)
+        matches = None if self._words is None else self._matches(self._words, samples, negative.shape)
+        return Stage1Batch(pages, positive, negative, sequence, query, share, sources, rivals, matches)
+
+    def _matches(self, words: PageWords, samples: Sequence[Stage1Sample], shape: torch.Size) -> Tensor:
+        rows = []
+        for sample in samples:
+            ids, width = sample.input_ids.tolist(), self._page_size
+            pages = [ids[start : start + width] for start in range(0, len(ids), width)]
+            rows += [words.matches(pages, question.question_ids.tolist()) for question in sample.questions]
+        found = torch.zeros(shape)
+        for row, matches in zip(found, rows, strict=True):
+            row[: len(matches)] = matches
+        return found
+
+
+def counted_words(lm: RetroLM, train: Stage1TrainConfig) -> PageWords | None:
+    """What counts the words that agreement takes in; None where there is no tokenizer or they don't count."""
+    return None if lm.tokenizer is None or not train.agreed_words else PageWords(lm.tokenizer, lm.format)
 
 
 def micro_batches(lengths: Iterator[int], tokens_per_batch: int) -> Iterator[list[int]]:

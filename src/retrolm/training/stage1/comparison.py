@@ -10,7 +10,7 @@ from typing import Any
 from ...engine.model import RetroLM
 from ...retriever import PageRetriever
 from ..data.dataset import Stage1Dataset
-from .batches import Collate
+from .batches import Collate, counted_words
 from .config import Stage1Recipe
 from .held_out import dev_batches, dev_config, held_out_recall
 from .step import Stage1Step
@@ -34,7 +34,7 @@ def compared(
     """
     train = dataclasses.replace(recipe.train, ema=0.0, batch_negatives=0.0)
     steps = [Stage1Step(lm, retriever, train).to(lm.device) for retriever in retrievers.values()]
-    collate = Collate(train.page_size, lm.pad_id)
+    collate = Collate(train.page_size, lm.pad_id, words=counted_words(lm, train))
     for length in lengths:
         config = dev_config(recipe.data, length, length)
         data = Stage1Dataset(pool, lm.tokenizer, config, num_texts, "dev")

@@ -45,6 +45,10 @@ class Stage1TrainConfig:
             pages of its own text; 0 = they don't. Pages that share words with the evidence are left out.
         teacher_share: share of the loss that is each layer's divergence from what all layers together make of the
             pages, so that low layers learn from high ones; 0 = none.
+        agreed_share: share of the loss that is the contrastive loss of what the last `agreed_layers` layers agree on,
+            as a question's pages are chosen by default (`RetroConfig.agreement_layers`); 0 = none.
+        agreed_words: how much words that page and question share count in it, as `RetroConfig.word_weight` does: what
+            words find by themselves needs no bookmark. They are counted anew for each text; 0 = they don't count.
         ema: decay of a running mean of the weights, which is then measured and kept in their place; 0 = none.
         num_steps: optimiser steps. tokens_per_batch: text tokens of one forward pass at most.
         accumulate: forward passes per optimiser step, over all processes.
@@ -79,6 +83,9 @@ class Stage1TrainConfig:
     kl_share: float = 0.5
     batch_negatives: float = 0.0
     teacher_share: float = 0.0
+    agreed_share: float = 0.0
+    agreed_layers: int = 8
+    agreed_words: float = 1.0
     ema: float = 0.0
     num_steps: int = 1000
     tokens_per_batch: int = 65536
@@ -120,6 +127,7 @@ class Stage1TrainConfig:
                 "num_steps",
                 "tokens_per_batch",
                 "accumulate",
+                "agreed_layers",
                 "log_every",
                 "dev_samples",
                 "recall_pages",
@@ -134,9 +142,10 @@ class Stage1TrainConfig:
                 "dev_max_tokens",
                 "num_workers",
                 "weight_decay",
+                "agreed_words",
             ),
             inside_unit=("lr", "embedding_lr", "temperature_lr", "beta2"),
-            shares=("kl_share", "batch_negatives", "teacher_share", "ema", "warmup", "final_lr"),
+            shares=("kl_share", "batch_negatives", "teacher_share", "agreed_share", "ema", "warmup", "final_lr"),
             positive=("max_grad_norm",),
         )
         if self.encode == "streaming" and self.loss != "info_nce":

@@ -82,10 +82,11 @@ def held_out_recall(
 
     Returns:
         For each step "mean" and "best" over layers, "layers", "kinds": the mean over layers by kind of text, None
-        where no question counts, and "asked": how many count. Further questions count for the kind of their text.
+        where no question counts, "agreed" and "agreed_kinds": what the last layers agree on, with words if `collate`
+        counts them, and "asked": how many questions count. Further questions count for the kind of their text.
     """
     kinds = sorted({kind_of(part) for part, weight in data.context.config.weights.items() if weight > 0})
-    counts = [torch.zeros(len(kinds), len(step.layers), 2, device=device) for step in steps]
+    counts = [torch.zeros(len(kinds), len(step.layers) + 1, 2, device=device) for step in steps]
     for step in steps:
         step.eval()
     for indices in batches:
@@ -93,7 +94,9 @@ def held_out_recall(
         of_text = torch.tensor([kinds.index(kind_of(source)) for source in batch.sources], device=device)
         frozen = steps[0].read(batch) if steps[0].reads_alike else None
         for step, found in zip(steps, counts, strict=True):
-            found.index_add_(0, of_text[batch.sequence_N], _each(step(batch, frozen)))
+            result = step(batch, frozen)
+            hits_LN = torch.cat([result.hits_LN, result.agreed_N[None]])
+            found.index_add_(0, of_text[batch.sequence_N], _each(hits_LN))
     for step in steps:
         step.train()
     return [_figures(kinds, total(found).cpu()) for found in counts]
@@ -101,22 +104,27 @@ def held_out_recall(
 
 def hits_and_counts(result: StepResult) -> Tensor:
     """Hits and questions that count, by layer: [L, 2]."""
-    return _each(result).sum(0)
+    return _each(result.hits_LN).sum(0)
 
 
-def _each(result: StepResult) -> Tensor:
+def _each(hits_LN: Tensor) -> Tensor:
     """Whether each question was found, and whether it counts, by layer: [N, L, 2]."""
-    hits_NL = result.hits_LN.T
+    hits_NL = hits_LN.T
     return torch.stack([hits_NL.nan_to_num(0.0), (~hits_NL.isnan()).float()], 2)
 
 
 def _figures(kinds: list[str], counts_SL2: Tensor) -> dict[str, Any]:
+    """From counts by layer, and last what layers agree on."""
+    agreed, agreed_by_kind = _shares(counts_SL2[:, -1].sum(0)), _shares(counts_SL2[:, -1])
+    counts_SL2 = counts_SL2[:, :-1]
     by_layer, by_kind = (_shares(counts) for counts in (counts_SL2.sum(0), counts_SL2))
     return {
         "mean": rounded(by_layer.mean()),
         "best": rounded(by_layer.max()),
         "layers": [rounded(share) for share in by_layer],
         "kinds": {kind: rounded(shares.mean()) for kind, shares in zip(kinds, by_kind, strict=True)},
+        "agreed": rounded(agreed),
+        "agreed_kinds": {kind: rounded(share) for kind, share in zip(kinds, agreed_by_kind, strict=True)},
         "asked": {kind: int(count) for kind, count in zip(kinds, counts_SL2[:, 0, 1], strict=True)},
     }
 

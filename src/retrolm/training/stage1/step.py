@@ -19,6 +19,7 @@ from ...engine.page_attention import PageAttention
 from ...engine.streaming_states import streaming_states
 from ...engine.visible_pass import visible_stream
 from ...retriever import PageRetriever
+from .agreed import agreed_scores
 from .batches import Stage1Batch
 from .config import Stage1TrainConfig
 from .loss import attention_kl, consensus, info_nce, rival_sum
@@ -33,12 +34,14 @@ class StepResult:
         loss: mean over layers and samples, to be differentiated.
         spreads_L: standard deviation of the raw scores, mean over samples.
         hits_LN: whether a layer's best free pages hold a question's evidence: 1, 0, or NaN where it doesn't count.
+        agreed_N: the same of what the last layers agree on, with the words that a batch comes with.
         num_tokens: of the batch.
     """
 
     loss: Tensor
     spreads_L: Tensor
     hits_LN: Tensor
+    agreed_N: Tensor
     num_tokens: int
 
 
@@ -72,6 +75,7 @@ class Stage1Step(nn.Module):
     Attributes:
         layers: those with a loss of their own.
         log_scales: log of each such layer's score scale, [layers]; trained if `learn_temperature`.
+        agreed_log_scale: the same of what layers agree on, one number.
         average: running mean of the retriever over the steps (`ema`), or None. In evaluation mode it is what scores.
     """
 
@@ -81,6 +85,8 @@ class Stage1Step(nn.Module):
         backbone = lm.backbone
         self.layers = [n for n in range(train.num_skip_layers, backbone.num_layers) if backbone.retrieves(n)]
         self.log_scales = nn.Parameter(torch.zeros(len(self.layers)), requires_grad=train.learn_temperature)
+        agreed_learns = train.learn_temperature and train.agreed_share > 0
+        self.agreed_log_scale = nn.Parameter(torch.zeros(1), requires_grad=agreed_learns)
         self.average = copy.deepcopy(retriever).requires_grad_(False) if train.ema else None
         self._train_config = train
         object.__setattr__(self, "_model", lm)
@@ -160,15 +166,28 @@ class Stage1Step(nn.Module):
         there_NP = (batch.pages.text_lengths > 0)[batch.sequence_N]
         spreads_L = _spread(known, there_NP).mean((1, 2))
         loss = self._loss(scores, frozen.shares_LBP, batch)
-        return StepResult(loss, spreads_L, self._hits(known, batch), batch.pages.num_tokens)
+        agreed_NP = self._agreed(known, batch)
+        hits_LN, agreed_N = self._hits(known, batch).mean(1), self._hits(agreed_NP, batch)
+        return StepResult(loss, spreads_L, hits_LN, agreed_N, batch.pages.num_tokens)
 
-    def _hits(self, scores_LKNP: Tensor, batch: Stage1Batch) -> Tensor:
-        """Whether the best free pages hold the evidence, [L, N]; a share where KV heads choose by themselves."""
+    def _free(self, batch: Stage1Batch) -> Tensor:
+        """The pages that have to be chosen, of each question's text, bool [N, P]."""
+        return free_pages(batch.pages, self._train_config.num_local_pages)[batch.sequence_N]
+
+    def _hits(self, scores_NP: Tensor, batch: Stage1Batch) -> Tensor:
+        """Whether the best free pages hold the evidence, [..., N] for scores [..., N, P]."""
+        *others, num_questions, num_pages = scores_NP.shape
+        gold, free = (
+            x.expand(*others, num_questions, num_pages).reshape(-1, num_pages)
+            for x in (batch.positive_NP, self._free(batch))
+        )
+        hits = layer_hits(scores_NP.reshape(-1, num_pages), gold, free, self._train_config.recall_pages)
+        return hits.view(*others, num_questions)
+
+    def _agreed(self, scores_LKNP: Tensor, batch: Stage1Batch) -> Tensor:
+        """What the last layers and the batch's words agree on, [N, P]."""
         train = self._train_config
-        free_NP = free_pages(batch.pages, train.num_local_pages)[batch.sequence_N]
-        gold, free = (x.expand_as(scores_LKNP).flatten(0, 2) for x in (batch.positive_NP, free_NP))
-        hits = layer_hits(scores_LKNP.flatten(0, 2), gold, free, train.recall_pages)
-        return hits.view(scores_LKNP.shape[:3]).mean(1)
+        return agreed_scores(scores_LKNP[-train.agreed_layers :], batch.words_NP, self._free(batch), train.agreed_words)
 
     @torch.no_grad()
     def calibrate(self, spreads_L: Tensor) -> None:
@@ -183,7 +202,9 @@ class Stage1Step(nn.Module):
         if shares_LBP is not None:
             divergence = self._divergence(scores, shares_LBP, batch)
             loss = divergence if train.loss == "attention_kl" else torch.lerp(loss, divergence, train.kl_share)
-        return torch.lerp(loss, self._dissent(scores, batch), train.teacher_share) if train.teacher_share else loss
+        if train.teacher_share:
+            loss = torch.lerp(loss, self._dissent(scores, batch), train.teacher_share)
+        return torch.lerp(loss, self._agreed_loss(raw, batch), train.agreed_share) if train.agreed_share else loss
 
     def _contrast(self, scores_LKNP: Tensor, all_LKNM: Tensor | None, batch: Stage1Batch) -> Tensor:
         """The contrastive loss, with other texts' pages among the negatives where they count."""
@@ -198,6 +219,13 @@ class Stage1Step(nn.Module):
         there_NP = (batch.pages.text_lengths > 0)[batch.sequence_N]
         each_LKN = attention_kl(scores_LKNP, consensus(scores_LKNP, there_NP), there_NP)
         return (each_LKN * batch.share_N).sum(-1).mean()
+
+    def _agreed_loss(self, raw: PageScores, batch: Stage1Batch) -> Tensor:
+        """The contrastive loss of what layers and words agree on, over the pages that have to be chosen."""
+        free_NP = self._free(batch)
+        agreed_NP = self._agreed(raw.own_LKNP, batch) * self.agreed_log_scale.exp()
+        each_N = info_nce(agreed_NP, batch.positive_NP & free_NP, batch.negative_NP & free_NP)
+        return (each_N * batch.share_N).sum()
 
     def _divergence(self, scores_LKNP: Tensor, shares_LBP: Tensor, batch: Stage1Batch) -> Tensor:
         """From true attention, which is known of each text's own question."""

@@ -33,7 +33,7 @@ from ..schedule import learning_rate
 from ..worker_errors import from_workers, quiet_worker
 from .ahead import ReadAhead, ReadBatch
 from .backbone import check_sharing, check_window
-from .batches import Collate, Stage1Batch, micro_batches
+from .batches import Collate, Stage1Batch, counted_words, micro_batches
 from .config import Stage1Recipe, Stage1TrainConfig
 from .held_out import dev_batches, dev_config, held_out_recall, hits_and_counts
 from .step import Stage1Step, StepResult
@@ -112,7 +112,7 @@ class Stage1Trainer(TrainingLoop[ReadBatch]):
         config = dev_config(self.recipe.data, train.dev_min_tokens, train.dev_max_tokens)
         data = Stage1Dataset(self._pool, self.lm.tokenizer, config, train.dev_samples, "dev")
         batches = dev_batches(config, train.dev_samples, train.tokens_per_batch)
-        parts = self._collate(), self.lm.device
+        parts = self._collate(with_words=True), self.lm.device
         if is_sharded(self.lm.model):  # its passes are of all processes: each measures all
             return held_out_recall([self.step_module], data, batches, *parts)[0]
         return held_out_recall([self.step_module], data, self._own(batches), *parts, self._total)[0]
@@ -252,12 +252,17 @@ class Stage1Trainer(TrainingLoop[ReadBatch]):
         return [
             {"params": deltas, "peak": train.lr, "weight_decay": train.weight_decay},
             {"params": [module.retriever.embedding], "peak": train.embedding_lr, "weight_decay": 0.0},
-            {"params": [module.log_scales], "peak": train.temperature_lr, "weight_decay": 0.0},
+            {
+                "params": [module.log_scales, module.agreed_log_scale],
+                "peak": train.temperature_lr,
+                "weight_decay": 0.0,
+            },
         ]
 
-    def _collate(self) -> Collate:
+    def _collate(self, with_words: bool = False) -> Collate:
         train = self.recipe.train
-        return Collate(train.page_size, self.lm.pad_id, with_rivals=train.batch_negatives > 0)
+        words = counted_words(self.lm, train) if with_words else None
+        return Collate(train.page_size, self.lm.pad_id, train.batch_negatives > 0, words)
 
     def batches(self) -> ReadAhead:
         """This process's batches from the present step on, each read by the backbone."""
@@ -278,7 +283,7 @@ class Stage1Trainer(TrainingLoop[ReadBatch]):
         loader = DataLoader(
             data,
             batch_sampler=self._own(everything, self.step * train.accumulate),
-            collate_fn=self._collate(),
+            collate_fn=self._collate(with_words=train.agreed_share > 0),
             num_workers=train.num_workers,
             prefetch_factor=4 if train.num_workers else None,
             pin_memory=self.lm.device.type == "cuda",
