@@ -75,7 +75,7 @@ def by_length(
     """
     places: list[tuple[float, int | None]] = [(float(n), n) for n in comparable_lengths(results, name)]
     return [
-        Line(column.name, _points(results, column, name, places, value), None if column.is_dense else column.prefill)
+        Line(column.name, _points(results, column, name, places, value), None if column.is_full else column.prefill)
         for column in results.columns()
     ]
 
@@ -152,11 +152,16 @@ def drawn(title: str, x_label: str, y_label: str, lines: list[Line]) -> Any:
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [length_name(int(tick)).removesuffix(" tokens") for tick in ticks])
         axes.minorticks_off()
-        axes.set_ylim(bottom=0, top=103 if y_label == SCORE else None)
+        axes.set_ylim(bottom=0, top=_top(lines) if y_label == SCORE else None)
         axes.set(title=heading, xlabel=x_label, ylabel=y_label)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, handlelength=3.5, frameon=False, loc=place, bbox_to_anchor=anchor)
     return figure
+
+
+def _top(lines: list[Line]) -> float:
+    """Upper end of the axis of scores: 100, or less where all are low."""
+    return min(103.0, 1.1 * max(point[3] for line in lines for point in line.points))
 
 
 def _panels(lines: list[Line]) -> list[tuple[str, list[Line]]]:

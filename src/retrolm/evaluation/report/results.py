@@ -36,9 +36,9 @@ class Column:
     suffix: str = ""
 
     @property
-    def is_dense(self) -> bool:
-        """Whether all tokens are attended: only such methods have no budget."""
-        return self.kv_budget is None
+    def is_full(self) -> bool:
+        """Whether it is full attention, which every other column is read against."""
+        return self.method == "full"
 
     @property
     def name(self) -> str:
@@ -92,7 +92,7 @@ class Results:
             key=lambda c: (
                 c.model,
                 c.prefill,
-                not c.is_dense,
+                not c.is_full,
                 c.method,
                 str(c.retriever),
                 c.kv_budget or 0,
