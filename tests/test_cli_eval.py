@@ -41,6 +41,13 @@ def test_a_run_writes_rows_and_goes_on_where_it_was(model: Path, tmp_path: Path)
     assert (tmp_path / "samples.jsonl").read_bytes() == before
 
 
+def test_budgets_are_named_together_or_one_by_one(model: Path, tmp_path: Path) -> None:
+    words = evaluate(model, "--task", "ruler/vt", "--lengths", "1000", "--out", tmp_path, "--kv-budget", "320,256")
+    assert run_cli(*words).code == 0
+    rows = [(row["kv_budget"], row["sample_id"]) for row in read_lines(tmp_path / "samples.jsonl")]
+    assert rows == [(budget, name) for budget in (256, 320) for name in ("0", "1")]
+
+
 def test_samples_can_be_made_beforehand(model: Path, tmp_path: Path) -> None:
     words = evaluate(model, "--task", "ruler/vt", "--lengths", "1000", "--out", tmp_path / "out")
     outcome = run_cli(*words, "--cache-dir", tmp_path / "cache", "--prepare-only")
@@ -58,6 +65,7 @@ def test_samples_can_be_made_beforehand(model: Path, tmp_path: Path) -> None:
         (["--task", "ruler/vt", "--out", "x", "--lengths", "4k"], ["--lengths", "'4k'"]),
         (["--task", "ruler/vt", "--out", "x"], ["ask for one in tokens"]),
         (["--task", "ruler/vt", "--out", "x", "--kv-budget", "8192"], ["exceeds the model's window"]),
+        (["--task", "ruler/vt", "--out", "x", "--kv-budget", "256,2K"], ["--kv-budget", "whole numbers", "'2K'"]),
         (["--task", "ruler/vt", "--out", "x", "--task-option", "essay=a"], ["task option 'essay'"]),
         (["--task", "ruler/vt", "--out", "x", "--lengths", "64"], ["ruler/vt: 64 tokens are too few"]),
         (["--task", "ruler/vt", "--out", "x", "--lengths", "9" * 12], ["from 1 to", "9" * 12]),

@@ -127,6 +127,7 @@ def test_retrievers_beside_one_another(bench: Path, trained: Outcome, tmp_path: 
     words = ["train", "recall", bench / "recipe.toml", "--pool", bench / "pool", "--texts", 5, "--lengths", "150,200"]
     done = run_cli(*words, "--retriever", own, "--retriever", "none", "--output", out)
     assert done.code == 0 and "best layer" in done.out and "people" in done.out
+    assert all(len(line.split()) in (5, 6) for line in done.out.splitlines() if line.startswith("none"))
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["retriever"], row["length"]) for row in rows] == [
         (name, length) for length in (150, 200) for name in (str(own), "none")
@@ -170,6 +171,7 @@ def test_overrides_are_read_as_toml() -> None:
 def test_row_text() -> None:
     row = {"step": 5, "loss": 1.5, "recall8": None, "tokens_per_s": 12345, "peak_device_bytes": 3_500_000_000}
     assert row_text(row) == "step 5: loss 1.500 · recall@8 - · 12,345 tokens/s · peak 3.50 GB"
-    assert "best layer 0.90" in row_text(
-        {"step": 5, "dev_recall": {"mean": 0.5, "best": 0.9, "kinds": {"facts": None}}}
+    found = {"mean": 0.5, "best": 0.9, "agreed": 0.95, "kinds": {"facts": None}}
+    assert row_text({"step": 5, "dev_recall": found}) == (
+        "step 5: dev recall 0.50 (best layer 0.90, agreed with words 0.95; facts -)"
     )

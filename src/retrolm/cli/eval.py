@@ -21,7 +21,7 @@ from .eval_answerer import (
 from .eval_attention import attention
 from .eval_generation import generation
 from .eval_loss import loss
-from .eval_options import AdapterOption, BackboneOptions, SetOption, SetOptions
+from .eval_options import AdapterOption, BackboneOptions, BudgetOption, SetOption, SetOptions, parse_budgets
 from .eval_retrieval import retrieval
 from .eval_score import score
 from .knob_settings import split_knobs
@@ -54,7 +54,7 @@ def evaluate(
     method: Annotated[
         list[str], typer.Option("--method", help="How the budget is spent (see `retrolm methods`); may be repeated.")
     ] = ["retrolm"],  # noqa: B006
-    kv_budget: Annotated[list[int], typer.Option("--kv-budget", help="Tokens per layer; may be repeated.")] = [2048],  # noqa: B006
+    kv_budget: BudgetOption = ["2048"],  # noqa: B006
     batch_size: Annotated[int, typer.Option(help="Samples read and answered side by side.", min=1)] = 1,
     chunk_pages: Annotated[
         int, typer.Option(help="Pages encoded at once, over all samples of a batch. 0 = what suits.")
@@ -75,8 +75,9 @@ def evaluate(
     if out is None and not prepare_only:
         raise UserError("Name a folder for the rows with --out.")
     plain, knobs = split_knobs(settings)
-    engine = backbone.engine(kv_budget=max(kv_budget), chunk_pages=chunk_pages, settings=plain)
-    for budget in kv_budget:
+    budgets = parse_budgets(kv_budget)
+    engine = backbone.engine(kv_budget=max(budgets), chunk_pages=chunk_pages, settings=plain)
+    for budget in budgets:
         engine.config().replace(kv_budget=budget)
     if prepare_only:
         sets.make(bare_tokenizer(backbone.model))
@@ -87,7 +88,7 @@ def evaluate(
     from .eval_events import EvalScreen, cell_line
 
     known_methods()
-    variants = with_adapters(variants_of(method, kv_budget, backbone.retriever), adapter)
+    variants = with_adapters(variants_of(method, budgets, backbone.retriever), adapter)
     options = AnswererOptions(engine, backbone.label, keep_pages, knobs)
     with open_answerer(options, ray, shards) as answerer:
         for variant in variants:

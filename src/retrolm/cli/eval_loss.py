@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .eval_options import AdapterOption, BackboneOptions, run_provenance
+from .eval_options import AdapterOption, BackboneOptions, BudgetOption, parse_budgets, run_provenance
 from .loading import load_engine
 from .options import JsonFlag, with_options
 from .output_file import check_writable, write_whole
@@ -22,7 +22,7 @@ def loss(
     method: Annotated[
         list[str], typer.Option("--method", help="full (dense attention) or a page method; may be repeated.")
     ] = ["retrolm", "full"],  # noqa: B006
-    kv_budget: Annotated[list[int], typer.Option("--kv-budget", help="Tokens per layer; may be repeated.")] = [2048],  # noqa: B006
+    kv_budget: BudgetOption = ["2048"],  # noqa: B006
     adapter: AdapterOption = ["none"],  # noqa: B006
     length: Annotated[int, typer.Option(help="Tokens per piece.", min=2)] = 8192,
     num_pieces: Annotated[int, typer.Option(help="Pieces, of different documents as far as these go.", min=1)] = 16,
@@ -37,12 +37,13 @@ def loss(
     Pages are chosen with the bookmark of the page before, so that no token sees a choice that knows what follows.
     """
     check_writable(output)
-    engine = backbone.engine(kv_budget=max(kv_budget))
+    budgets = parse_budgets(kv_budget)
+    engine = backbone.engine(kv_budget=max(budgets))
     from ..evaluation.adapters import AdapterLoader, with_adapters
     from ..evaluation.text_loss import loss_set, measure_losses
     from ..evaluation.variants import variants_of
 
-    variants = with_adapters(variants_of(method, kv_budget, backbone.retriever), adapter)
+    variants = with_adapters(variants_of(method, budgets, backbone.retriever), adapter)
     lm = load_engine(engine)
     texts = loss_set(file, lm.tokenizer, length, num_pieces, chat_prefix)
     loader = AdapterLoader(lm, backbone.label, engine.config())

@@ -23,6 +23,9 @@ SetOption = Annotated[
     list[str],
     typer.Option("--set", help="Any other option of RetroConfig as key=value, or of a method as METHOD.knob=value."),
 ]
+BudgetOption = Annotated[
+    list[str], typer.Option("--kv-budget", help="Tokens per layer, parted by commas (1024,2048); may be repeated.")
+]
 AdapterOption = Annotated[
     list[str],
     typer.Option("--adapter", help="LoRA adapter (stage 2): a folder, a shipped one, auto, or none; may be repeated."),
@@ -142,6 +145,16 @@ def parse_lengths(text: str) -> list[int | None]:
             )
         found.append(None if word == "natural" else int(word))
     return found
+
+
+def parse_budgets(texts: list[str]) -> list[int]:
+    """Budgets in tokens, each once, in the order given. Raises `UserError` for anything that is no whole number."""
+    found = []
+    for part in ",".join(texts).replace("_", "").split(","):
+        if not part.strip().isdecimal():
+            raise UserError(f"--kv-budget must be whole numbers parted by commas, got {part.strip()!r}.")
+        found.append(int(part))
+    return list(dict.fromkeys(found))
 
 
 def run_provenance() -> dict[str, Any]:

@@ -49,12 +49,7 @@ def recall(
     if kind:
         recipe = dataclasses.replace(recipe, data=only_kinds(recipe.data, kind))
     rows = _measured(recipe, pool, retriever, sizes, texts)
-    kinds = list(rows[0]["kinds"])
-    columns = ("agreed", "mean", "best")
-    cells = [(row["retriever"], str(row["length"]), *map(_share, (*map(row.get, columns), *row["kinds"].values())))
-             for row in rows]  # fmt: skip
-    head = "retriever", "length", "layers agreed, and words", "each layer", "best layer"
-    show_table((*head, *kinds), cells, right=range(1, len(head) + len(kinds)))
+    _show(rows)
     if output is not None:
         from ..engine.provenance import provenance
 
@@ -80,6 +75,19 @@ def _measured(recipe: Any, pool: Path, names: list[str], sizes: list[int], texts
             for name in names
         }
     return list(compared(recipe, lm, pool, found, sizes, texts))
+
+
+def _show(rows: list[dict[str, Any]]) -> None:
+    """All questions, then by kind of text: those that were asked."""
+    names = "length", "agreed, with words", "each layer", "best layer"
+    cells = [(row["retriever"], str(row["length"]), *(_share(row[key]) for key in ("agreed", "mean", "best")))
+             for row in rows]  # fmt: skip
+    show_table(("retriever", *names), cells, right=range(1, 5))
+    kinds = [kind for kind in rows[0]["kinds"] if any(row["asked"][kind] for row in rows)]
+    cells = [(row["retriever"], kind, str(row["asked"][kind]), str(row["length"]), _share(row["agreed_kinds"][kind]),
+              _share(row["kinds"][kind])) for kind in kinds for row in rows]  # fmt: skip
+    show_table(("retriever", "kind", "questions", *names[:3]), cells, title="\nBy kind of text",
+               right=range(2, 6))  # fmt: skip
 
 
 def _share(value: float | None) -> str:

@@ -36,7 +36,8 @@ def row_text(row: dict[str, Any]) -> str:
     if "dev_recall" in row:
         found = row["dev_recall"]
         kinds = ", ".join(f"{kind} {_share(mean)}" for kind, mean in found["kinds"].items())
-        return f"step {row['step']}: dev recall {_share(found['mean'])} (best layer {_share(found['best'])}; {kinds})"
+        whole = f"best layer {_share(found['best'])}, agreed with words {_share(found['agreed'])}"
+        return f"step {row['step']}: dev recall {_share(found['mean'])} ({whole}; {kinds})"
     if "dev_loss" in row:
         return f"step {row['step']}: held-out loss {'-' if row['dev_loss'] is None else format(row['dev_loss'], '.4f')}"
     return f"step {row['step']}: {_figures(row)}"
