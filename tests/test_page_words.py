@@ -75,6 +75,21 @@ def test_a_sentence_that_a_border_cuts_is_found_on_both_pages() -> None:
         assert set(scores.topk(2).indices.tolist()) == {1, 2}, cut - start
 
 
+def test_no_sentence_runs_over_a_short_page() -> None:
+    """Behind a page that isn't full another text begins: its first sentence is no part of the one before."""
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer(STORY * 2, add_special_tokens=False)["input_ids"]
+    key = tokenizer(KEY, add_special_tokens=False)["input_ids"][:-4]
+    asked = tokenizer(QUESTION, add_special_tokens=False)["input_ids"]
+    width = max(2 * W, len(key) + 1)
+    first = [*ids[: width - len(key) - 1], *key]
+    pages = [ids[:width], first, ids[7 : 7 + width], ids[:width]]
+    apart = PageWords(tokenizer, page_size=width).matches(pages, asked)
+    alone = PageWords(tokenizer, whole_sentences=False).matches(pages, asked)
+    joined = PageWords(tokenizer).matches(pages, asked)
+    assert apart.argmax() == 1 and joined[2] > apart[2] and alone[2] <= apart[2]
+
+
 def test_all_layers_attend_the_page_that_holds_the_words() -> None:
     document = make(kv_budget=10 * W).read(STORY * 5 + KEY + STORY * 3)
     found = document.retrieve(QUESTION)

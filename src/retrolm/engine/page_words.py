@@ -7,6 +7,7 @@ letters. They are at hand: every page's token ids stay in host memory.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,11 +30,15 @@ class PageWords:
     Args:
         tokenizer: of the model. form: the chat template, whose tail is no part of what is asked; None = there is none.
         whole_sentences: a sentence that a page border cuts counts for both pages.
+        page_size: tokens of a full page. A shorter one ends a text: what follows is another document of a knowledge
+            base, or a turn of a conversation, and no sentence runs over that border. 0 = all pages are of one text.
     """
 
-    def __init__(self, tokenizer: Any, form: PromptFormat | None = None, whole_sentences: bool = True) -> None:
+    def __init__(
+        self, tokenizer: Any, form: PromptFormat | None = None, whole_sentences: bool = True, page_size: int = 0
+    ) -> None:
         self._tokenizer = tokenizer
-        self._shared = with_cut_sentences if whole_sentences else list
+        self._whole_sentences, self._page_size = whole_sentences, page_size
         self._tail = "" if form is None else self._text(form.encode(form.tail)).strip()
         self._indexed: tuple[Pages, WordIndex] | None = None
 
@@ -44,9 +49,18 @@ class PageWords:
             pages: token ids of each page. question: token ids of the question page.
         """
         if self._indexed is None or self._indexed[0] is not pages:
-            self._indexed = pages, WordIndex(self._shared(list(self._texts(pages))))
+            self._indexed = pages, WordIndex(self._counted(pages))
         asked = self._text(question).strip().removesuffix(self._tail)
         return torch.from_numpy(self._indexed[1].scores(query_of(asked))).float()
+
+    def _counted(self, pages: Pages) -> list[str]:
+        """What counts for each page."""
+        texts = list(self._texts(pages))
+        if not self._whole_sentences:
+            return texts
+        ends = [n for n, page in enumerate(pages, 1) if len(page) < self._page_size]
+        borders = pairwise([0, *ends, len(texts)])
+        return [text for start, end in borders for text in with_cut_sentences(texts[start:end])]
 
     def _texts(self, pages: Pages) -> Iterator[str]:
         """What each page says. A token before it keeps the space that some tokenizers drop where a text begins."""
@@ -62,4 +76,4 @@ class PageWords:
 
 def page_words(lm: RetroLM) -> PageWords:
     """The words of a text that `lm` read; it needs a tokenizer."""
-    return PageWords(lm.tokenizer, lm.format, lm.config.whole_sentences)
+    return PageWords(lm.tokenizer, lm.format, lm.config.whole_sentences, lm.config.page_size)
