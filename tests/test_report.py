@@ -21,7 +21,7 @@ from retrolm.errors import UserError
 from retrolm.evaluation.journal import write_lines
 from retrolm.evaluation.report.costs import cost_table
 from retrolm.evaluation.report.pairs import MARGIN, compare, pair_rows, pair_tables, scopes, shared_scores
-from retrolm.evaluation.report.plots import SCORE, Line, apart, comparable_lengths, drawn
+from retrolm.evaluation.report.plots import SCORE, Line, apart, by_length, comparable_lengths, drawn
 from retrolm.evaluation.report.results import Results, load_results
 from retrolm.evaluation.report.table import BEYOND, MISSING
 from retrolm.evaluation.report.tables import overview_table, score_tables
@@ -155,6 +155,22 @@ def test_all_names_of_a_plot_are_within_it(count: int) -> None:
 def test_names_of_close_lengths_do_not_run_into_each_other() -> None:
     assert apart([4096, 8192, 30720, 32768, 65536]) == [4096, 8192, 32768, 65536]
     assert apart([512]) == [512] and apart([]) == []
+
+
+def test_full_attention_alone_is_in_every_panel(tmp_path: Path) -> None:
+    rows = made_up_rows(2, (4096,))
+    for row in rows:
+        row["kv_budget"] = None if row["method"] == "mean_key" else row["kv_budget"]
+    write_lines(tmp_path / SAMPLES_FILE, rows)
+    lines = by_length(load_results([tmp_path]), "ruler", lambda cells: (1.0, 1.0, 1.0))
+    assert {line.label for line in lines if line.prefill is None} == {"full"}
+
+
+@pytest.mark.parametrize(("highest", "top"), [(40.0, 44.0), (99.0, 103.0)])
+def test_the_axis_of_scores_ends_where_they_do(highest: float, top: float) -> None:
+    points = [(4096.0, 10.0, 5.0, highest), (8192.0, 10.0, 5.0, 20.0)]
+    (axes,) = drawn("title", "prompt length (tokens)", SCORE, [Line("full", points)]).axes
+    assert axes.get_ylim() == pytest.approx((0.0, top))
 
 
 def test_lines_join_means_of_the_same_tasks_only(tmp_path: Path) -> None:
