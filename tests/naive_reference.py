@@ -224,7 +224,10 @@ class NaiveRetroLM:
         others = [i for i in past if i not in sinks]
         local = others[len(others) - min(options.num_local_pages, room, len(others)) :]
         free = sorted((i for i in others if i not in local), key=lambda i: (scores[i], i), reverse=True)
-        return sorted(sinks + local + free[: room - len(local)])
+        best = free[: room - len(local)]
+        if options.page_positions == "ranked_for_questions" and page.is_question:
+            return sinks + best[::-1] + local
+        return sorted(sinks + local + best)
 
     def _scores(self, index: int, page: NaivePage, past: list[int], kv_head: int | None) -> list[float]:
         """How well each past page matches what the current one looks for, to one KV head's queries or to all."""
@@ -326,7 +329,7 @@ class NaiveRetroLM:
     def _left_out(self, index: int, page: NaivePage, chosen: list[int]) -> dict[int, int]:
         """How much further each chosen page stands than side by side with the others."""
         apart = dict.fromkeys(chosen, 0)
-        wanted = {"compact": False, "true_for_questions": page.is_question, "true": True}[self.options.page_positions]
+        wanted = {"true_for_questions": page.is_question, "true": True}.get(self.options.page_positions, False)
         if not wanted or not chosen:
             return apart
         attended = 0

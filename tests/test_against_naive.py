@@ -194,6 +194,15 @@ def test_pages_at_their_true_distances(name: str, options: dict[str, Any]) -> No
         check_answer(lm, naive, random_ids(5, 5).tolist())
 
 
+@pytest.mark.parametrize(("name", "options"), DISTANT, ids=str)
+def test_the_best_pages_next_to_the_question(name: str, options: dict[str, Any]) -> None:
+    """By each layer's own scores, and by those that layers agree on."""
+    for num_layers in (0, 2):
+        changes = {"page_positions": "ranked_for_questions", "agreement_layers": num_layers, **options}
+        lm, naive = pair(name, kv_budget=6 * W, **changes)
+        check_answer(lm, naive, random_ids(5, 5).tolist())
+
+
 AGREEING: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
     ("llama-mqa", {"bookmarks": "visible"}),

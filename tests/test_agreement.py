@@ -32,7 +32,16 @@ def test_all_layers_attend_the_pages_agreed_on() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"retrieve_every": 3}, {"selection_scope": "head"}, {"store_bits": 8}], ids=str
+    "options",
+    [
+        {},
+        {"retrieve_every": 3},
+        {"selection_scope": "head"},
+        {"store_bits": 8},
+        {"page_positions": "ranked_for_questions"},
+        {"page_positions": "ranked_for_questions", "retrieve_every": 3},
+    ],
+    ids=str,
 )
 def test_in_a_batch_and_beyond_the_device_as_alone(options: dict[str, Any]) -> None:
     pairs = list(zip([STORY * 6, STORY[60:] * 5], QUESTIONS, strict=True))
@@ -43,9 +52,16 @@ def test_in_a_batch_and_beyond_the_device_as_alone(options: dict[str, Any]) -> N
     assert [capped.read(text).ask(question).token_ids for text, question in pairs] == alone
 
 
-def test_nothing_changes_where_all_pages_fit() -> None:
-    answers = [make(agreement_layers=n, kv_budget=512).read(STORY).ask(QUESTIONS[0]) for n in (0, 2)]
+@pytest.mark.parametrize("positions", ["compact", "ranked_for_questions"])
+def test_nothing_changes_where_all_pages_fit(positions: str) -> None:
+    settings = [{"agreement_layers": 0}, {"agreement_layers": 2, "page_positions": positions}]
+    answers = [make(kv_budget=512, **options).read(STORY).ask(QUESTIONS[0]) for options in settings]
     assert answers[0].token_ids == answers[1].token_ids
+
+
+def test_ranked_pages_are_told_in_the_order_of_the_text() -> None:
+    found = make(page_positions="ranked_for_questions").read(STORY * 6).retrieve(QUESTIONS[0])
+    assert torch.equal(found.page_ids.sort(1).values, found.page_ids)
 
 
 def test_the_mean_of_standardised_scores() -> None:
@@ -86,6 +102,9 @@ def test_each_method_has_a_default(method: str, options: dict[str, Any], expecte
 def test_a_method_that_revises_pages_refuses_it() -> None:
     lm = make("retrolm_retro", retrieve_every=4)
     with pytest.raises(UserError, match="agreement_layers=0"):
+        lm.read(STORY * 6).ask(QUESTIONS[0])
+    lm = make("retrolm_retro", agreement_layers=0, retrieve_every=4, page_positions="ranked_for_questions")
+    with pytest.raises(UserError, match="page_positions='compact'"):
         lm.read(STORY * 6).ask(QUESTIONS[0])
     with pytest.raises(UserError, match="agreement_layers must be a whole number of at least 0, got -1"):
         make(agreement_layers=-1)

@@ -33,7 +33,7 @@ OPTIONS = st.fixed_dictionaries(
         "score_rope": st.booleans(),
         "selection_scope": st.sampled_from(["layer", "layer", "head"]),
         "causal_selection": st.booleans(),
-        "page_positions": st.sampled_from(["compact", "true_for_questions", "true"]),
+        "page_positions": st.sampled_from(["compact", "ranked_for_questions", "true_for_questions", "true"]),
         "retrieve_every": st.sampled_from([0, 1, 3, 8]),
         "chunk_pages": st.integers(1, 9),
         "dense_bypass": st.booleans(),

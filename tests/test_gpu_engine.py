@@ -160,7 +160,7 @@ def test_no_option_makes_a_layer_wait(options: dict[str, Any], no_waiting: None)
     make("llama", torch.bfloat16, **options).logits(random_ids(200))
 
 
-@pytest.mark.parametrize("positions", ["compact", "true_for_questions", "true"])
+@pytest.mark.parametrize("positions", ["compact", "ranked_for_questions", "true_for_questions", "true"])
 def test_questions_and_turns_do_not_wait(positions: str, no_waiting: None) -> None:
     """Behind turns stand short pages: only the device knows whether they were chosen."""
     lm = make("llama", torch.float32, vocab_size=600, kv_budget=64, page_positions=positions)

@@ -68,7 +68,7 @@ def same_pages(one: Document, other: Document) -> bool:
         ("phi3-longrope", {"store_dtype": "float32", "first_layer_mode": "mean_key"}),
         ("mistral-sliding", {"score_rope": True, "causal_selection": True}),
         ("llama-mqa", {"retrieve_every": 4, "num_skip_layers": 2, "agreement_layers": 2}),
-        ("llama", {"agreement_layers": 2, "word_weight": 3.0}),
+        ("llama", {"agreement_layers": 2, "word_weight": 3.0, "page_positions": "ranked_for_questions"}),
         ("llama", {"prefix_page": False, "num_local_pages": 2}),
         ("qwen2", {"store_bits": 8}),
         ("gemma3", {"store_bits": 4}),
@@ -421,6 +421,7 @@ DIFFERENT: dict[str, tuple[Callable[[], RetroLM], str]] = {
     "stored dtype": (lambda: engine(store_dtype="bfloat16"), "stored_dtype: 'float64' and 'bfloat16'"),
     "method": (lambda: engine(method="mean_key", retriever=False), "method"),
     "first layer": (lambda: engine(first_layer_mode="mean_key"), "first_layer_mode"),
+    "positions": (lambda: engine(page_positions="true"), "page_positions: 'compact' and 'true'"),
 }
 
 
@@ -430,6 +431,15 @@ def test_another_engine_is_refused_with_the_reason(case: str, tmp_path: Path) ->
     KnowledgeBase.create(tmp_path / "base", engine()).add(story(200), name="a")
     with pytest.raises(MismatchError, match=reason):
         KnowledgeBase.open(tmp_path / "base", make()).ask(QUESTION)
+
+
+@pytest.mark.parametrize("positions", ["ranked_for_questions", "true_for_questions"])
+def test_how_questions_attend_pages_is_free(positions: str, tmp_path: Path) -> None:
+    """The pages are read alike, so they serve every way of asking; the answer is that of a session with this one."""
+    KnowledgeBase.create(tmp_path / "base", engine()).add(story(600), name="a")
+    other = engine(page_positions=positions)
+    found = KnowledgeBase.open(tmp_path / "base", other).select("a").ask(QUESTION, max_new_tokens=12)
+    assert found.token_ids == other.read(story(600)).ask(QUESTION, max_new_tokens=12).token_ids
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:

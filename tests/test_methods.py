@@ -17,6 +17,7 @@ from retrolm.engine.model import RetroLM
 from retrolm.errors import UserError
 from retrolm.methods import METHODS, PageTensors, choose_pages, page_method
 from retrolm.methods.retro_exposure import Revises
+from retrolm.methods.selection import best_last
 from tiny_models import random_ids, tiny_model
 
 N, W, H, K, D = 5, 6, 6, 2, 8
@@ -168,6 +169,14 @@ def test_choices_equal_a_full_sort(data: st.DataObject) -> None:
         expected = choose_by_hand(scores[row], num_past[row], room[row], num_sink, num_local, pinned)
         chosen = found[row].tolist()
         assert chosen == [-1] * (len(chosen) - len(expected)) + expected
+    first_local = torch.tensor(num_past) - num_local
+    for row, places in enumerate(best_last(found, torch.tensor(scores), num_sink, first_local, mask).tolist()):
+        chosen = [page for page in found[row].tolist() if page >= 0]
+        forced = [page for page in chosen if page >= num_sink and (page >= first_local[row] or page in pinned)]
+        free = [page for page in chosen if page >= num_sink and page not in forced]
+        free.sort(key=lambda page: (scores[row][page], page))
+        expected = [page for page in chosen if page < num_sink] + free + forced
+        assert places == [-1] * (len(places) - len(expected)) + expected
 
 
 # --- indexes that look at attention -----------------------------------------------------------------------------------

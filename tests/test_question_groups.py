@@ -56,6 +56,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"score_rope": True}),
     ("llama", {"retrieve_every": 4}),
     ("llama", {"page_positions": "true_for_questions"}),
+    ("llama", {"page_positions": "ranked_for_questions"}),
+    ("qwen2", {"page_positions": "ranked_for_questions", "retrieve_every": 4, "bookmarks": "visible"}),
     ("qwen2", {"page_positions": "true", "store_bits": 8, "bookmarks": "visible"}),
     ("llama", {"selection_scope": "head"}),
     ("llama", {"store_bits": 8}),

@@ -48,7 +48,8 @@ class RetroConfig:
         page_positions: where the pages stand that are attended: "compact" = side by side (D6 b); "true" = as far before
             the page that attends them as in the text; "true_for_questions" = so for questions and answers, side by
             side while reading. In a text longer than the model's window, what is left out between pages shrinks in
-            proportion, until all is within it. "true" reads more slowly.
+            proportion, until all is within it. "true" reads more slowly. "ranked_for_questions" = side by side; where a
+            question leaves pages out, those chosen by score stand from the worst to the best, which is nearest to it.
         retrieve_every: retrieve again after this many generated tokens; 0 = once per question (D12).
         chunk_pages: pages encoded in one forward pass; any value gives the same result (D10). 0 = as many as suit the
             device.
@@ -76,7 +77,7 @@ class RetroConfig:
     agreement_layers: int | None = None
     word_weight: float | None = None
     whole_sentences: bool = True
-    page_positions: Literal["compact", "true_for_questions", "true"] = "compact"
+    page_positions: Literal["compact", "ranked_for_questions", "true_for_questions", "true"] = "compact"
     retrieve_every: int = 0
     chunk_pages: int = 0
     dense_bypass: bool = True

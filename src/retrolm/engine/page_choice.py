@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from ..methods import PageMethod, PageTensors, choose_pages
 from ..methods.head_scores import ScoresHeads
+from ..methods.selection import best_last
 from .chunk import PageGroup
 from .group_tensors import GroupTensors
 from .prefill_parts import PrefillParts
@@ -26,8 +27,8 @@ class PageSets:
 
     Attributes:
         sizes: how many. num_dense: leading pages of the group that attend everything before them, as one block.
-        picked_nS: ordinals in the group's table, int64, ascending, -1 at the left of smaller sets; None if all pages
-            are in the block. [n*K, S] where each KV head has its own set.
+        picked_nS: ordinals in the group's table, int64, in the order in which they stand (`page_positions`), -1 at the
+            left of smaller sets; None if all pages are in the block. [n*K, S] where each KV head has its own set.
         scores_nP: of all past pages, or None where the layer has none of its own; row by row for several questions.
         by_head: each KV head has its own set.
     """
@@ -123,7 +124,12 @@ class PageChooser:
         pinned = None if on.pinned is None else on.pinned[:num_past]
         past, room, there = self._limits_of(layer, group, heads, scores_nKP.device)
         num_sink, num_local = group.table.num_sink, config.num_local_pages
-        return choose_pages(scores_nKP.flatten(0, 1), past, room, num_sink, num_local, pinned, there)
+        scores = scores_nKP.flatten(0, 1)
+        picked = choose_pages(scores, past, room, num_sink, num_local, pinned, there)
+        leaves_out = past[0] - num_sink > room[0]
+        if config.page_positions == "ranked_for_questions" and group.is_query and leaves_out:
+            return best_last(picked, scores, num_sink, there[0] - num_local, pinned)
+        return picked
 
     def _limits_of(
         self, layer: int, group: PageGroup, heads: int, device: torch.device

@@ -54,6 +54,11 @@ class RetroGenerator(Generator):
                 f"{self._method.name} encodes pages anew by its own rule. Use agreement_layers=0 with it, or method "
                 "'retrolm'."
             )
+        if config.page_positions == "ranked_for_questions":
+            raise UserError(
+                f"{self._method.name} attends the union of several choices, which has no order of its own. Use "
+                "page_positions='compact' with it, or method 'retrolm'."
+            )
         if config.retrieve_every > config.page_size:
             raise UserError(
                 f"{self._method.name} revises generated pages whole: retrieve_every={config.retrieve_every} is more "

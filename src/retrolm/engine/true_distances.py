@@ -16,7 +16,7 @@ from .chunk import PageGroup
 
 def stands_apart(group: PageGroup, config: RetroConfig) -> bool:
     """Whether a group's pages are to keep their distances, and one of them leaves something out."""
-    wanted = {"compact": False, "true_for_questions": group.is_query, "true": True}[config.page_positions]
+    wanted = config.page_positions == "true" or (config.page_positions == "true_for_questions" and group.is_query)
     past = zip(group.num_past, group.room, strict=True)
     return wanted and any(num - group.table.num_sink > room for num, room in past)
 

@@ -56,6 +56,8 @@ def fingerprint(lm: RetroLM) -> dict[str, Any]:
     }
     options = {key: value for key, value in dataclasses.asdict(lm.config).items() if key not in NOT_STORED}
     del options["store_dtype"]  # what it comes to is in "stored_dtype"
+    if options["page_positions"] != "true":
+        options["page_positions"] = "compact"  # the others are read like this, and differ in how questions are asked
     plain: dict[str, Any] = json.loads(json.dumps(found | options))
     return plain
 

@@ -55,6 +55,25 @@ def choose_pages(
     return torch.cat([sinks, best], 1).sort(1).values
 
 
+def best_last(
+    picked_NS: Tensor, scores_NP: Tensor, num_sink: int, first_local_N: Tensor, pinned_P: Tensor | None = None
+) -> Tensor:
+    """The same pages, those chosen by score from worst to best; sinks stay in front, local and pinned pages behind.
+
+    Args:
+        picked_NS: as `choose_pages` gives them for scores_NP. first_local_N: the first local page, int64 [N].
+
+    Returns:
+        int64 [N, S], empty places at the left. Of equal scores the later page comes last.
+    """
+    places = picked_NS.clamp(min=0)
+    forced_NS = places >= first_local_N[:, None]
+    if pinned_P is not None:
+        forced_NS |= pinned_P[places]
+    rank_NS = scores_NP.gather(1, places).masked_fill(forced_NS, torch.inf)
+    return picked_NS.gather(1, rank_NS.masked_fill(picked_NS < num_sink, -torch.inf).argsort(dim=1, stable=True))
+
+
 def _best_first(rank_NP: Tensor) -> Tensor:
     """Indices of each row from best to worst; sorting the reversed row puts the later of equals in front."""
     order = rank_NP.flip(1).argsort(dim=1, descending=True, stable=True)
