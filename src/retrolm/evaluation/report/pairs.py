@@ -11,7 +11,7 @@ from ..variants import UNTRAINED
 from .results import Column, Results
 from .table import BEYOND, BEYOND_NOTE, Table, block_title, blocks, budget, label, length_name
 
-OURS, DENSE = "retrolm", "full"
+OURS = "retrolm"
 MARGIN = 0.03
 _MARGIN_TEXT = f"{100 * MARGIN:g}"
 NOTE = (
@@ -102,7 +102,7 @@ def pair_tables(results: Results) -> list[Table]:
 
 
 def _bases(results: Results) -> list[Column]:
-    return [column for column in results.columns() if column.method == DENSE]
+    return [column for column in results.columns() if column.is_full]
 
 
 def _ours(results: Results) -> list[Column]:

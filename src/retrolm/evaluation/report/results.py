@@ -16,6 +16,8 @@ from ..runner import SAMPLES_FILE
 from ..tasks import GROUPS
 from ..variants import UNTRAINED
 
+DENSE = "full"
+
 
 @dataclass(frozen=True)
 class Column:
@@ -38,7 +40,7 @@ class Column:
     @property
     def is_full(self) -> bool:
         """Whether it is full attention, which every other column is read against."""
-        return self.method == "full"
+        return self.method == DENSE
 
     @property
     def name(self) -> str:
