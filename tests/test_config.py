@@ -14,6 +14,7 @@ from retrolm.engine.model import RetroLM
 from retrolm.errors import UserError
 from retrolm.methods import METHODS, PageMethod
 from retrolm.methods.head_scores import ScoresHeads
+from retrolm.methods.retro_exposure import Revises
 from tiny_models import random_ids, tiny_model
 
 MODEL = tiny_model("llama")
@@ -53,6 +54,8 @@ def test_every_combination_reads_and_generates(options: dict[str, Any], method: 
         options["retrieve_every"] = 0
     if not issubclass(METHODS.get(method), ScoresHeads) or options["retrieve_every"]:
         options["selection_scope"] = "layer"
+    if issubclass(METHODS.get(method), Revises) and options["page_positions"] == "ranked_for_questions":
+        options["page_positions"] = "compact"  # a union of choices has no order of its own
     lm = RetroLM(MODEL, config=RetroConfig(kv_budget=budget, **options), method=method)
     ids = random_ids(num_tokens)
     try:
